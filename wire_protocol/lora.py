@@ -1,0 +1,73 @@
+"""Which transformer layers carry LoRA, with which rank, written how.
+
+Valid on Python 3.8; imports nothing outside the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Tuple
+
+LORA_SCALE = 2.0
+"""alpha / r, the factor in front of B A. The same at every rank, so that a
+changed rank does not silently change the learning rate."""
+
+MAX_RANK = 256
+
+
+class Codec(str, Enum):
+    """How the numbers of an adapter are written."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA rank at every transformer layer of the base model.
+
+    ``ranks[l]`` is the rank at layer ``l``, counted from the input (0) to the
+    output (L-1). Rank 0 means that the layer is not trained. Trained layers
+    are a contiguous block that ends at the output, so depth says which they are.
+
+    Raises:
+        ValueError: no layer, no trained layer, a rank outside 0..256, or a
+            frozen layer above a trained one.
+
+    Source: arXiv:2412.20004, LoRA depth and rank distribution.
+    """
+
+    ranks: Tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ranks or self.ranks[-1] == 0:
+            raise ValueError("a LoRA config needs at least the output layer")
+        if any(rank < 0 or rank > MAX_RANK for rank in self.ranks):
+            raise ValueError(f"LoRA ranks must lie in 0..{MAX_RANK}: {self.ranks}")
+        if any(rank == 0 for rank in self.ranks[len(self.ranks) - self.depth :]):
+            raise ValueError(f"trained layers must be contiguous up to the output: {self.ranks}")
+
+    @classmethod
+    def top(cls, depth: int, ranks: Tuple[int, ...]) -> LoraConfig:
+        """Keep ``ranks`` at the ``depth`` layers nearest the output, 0 below."""
+        if not 1 <= depth <= len(ranks):
+            raise ValueError(f"depth {depth} is outside 1..{len(ranks)}")
+        frozen = len(ranks) - depth
+        return cls((0,) * frozen + tuple(ranks[frozen:]))
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of the base model, trained or not."""
+        return len(self.ranks)
+
+    @property
+    def depth(self) -> int:
+        """Number of trained layers, counted from the output."""
+        return sum(rank > 0 for rank in self.ranks)
+
+    @property
+    def layers(self) -> range:
+        """Indices of the trained layers."""
+        return range(self.layer_count - self.depth, self.layer_count)

@@ -1,0 +1,345 @@
+"""What devices and the server say to each other over MQTT.
+
+Every message is a compact JSON envelope that a person can read with
+``mosquitto_sub``:
+
+    {"schema":"legend.birth/1","id":"...","sid":7,"body":{...}}
+
+Tolerant reader: fields that a newer peer added are ignored; a schema of
+another major version is a ``ProtocolError``. Durations cross the wire, never
+clock values: boards without a battery boot with a wrong date.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from wire_protocol.errors import FailureCode, ProtocolError
+from wire_protocol.lora import Codec, LoraConfig
+
+MAX_MESSAGE_BYTES = 16 * 1024
+PROTOCOL_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$")]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, le=1e9)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Line = Annotated[str, Field(max_length=500)]
+
+
+class Part(BaseModel):
+    """A piece of a message: immutable, unknown fields ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class BlobRef(Part):
+    """Bytes in the server's blob store, named by their digest."""
+
+    sha256: Sha256
+    size_bytes: Count
+
+
+class LinkReport(Part):
+    """The path between a device and the server, as the device saw it."""
+
+    up_bytes_per_s: float = Field(gt=0, allow_inf_nan=False)
+    down_bytes_per_s: float = Field(gt=0, allow_inf_nan=False)
+    round_trip_s: Seconds
+
+
+class ComputeReport(Part):
+    """What one training step costs on this device with one base model.
+
+    A step over ``t`` tokens at depth ``k`` of ``L`` layers takes about
+    ``t * (forward * L + backward * k)`` seconds and peaks at
+    ``base + t * (frozen + trained * k)`` bytes of memory.
+
+    Source: arXiv:2412.20004, capacity estimation (F and mu per device).
+    """
+
+    model_digest: Sha256
+    forward_seconds_per_token_layer: float = Field(gt=0, allow_inf_nan=False)
+    backward_seconds_per_token_layer: float = Field(gt=0, allow_inf_nan=False)
+    memory_base_bytes: Count
+    memory_bytes_per_token: float = Field(ge=0, allow_inf_nan=False)
+    memory_bytes_per_token_layer: float = Field(ge=0, allow_inf_nan=False)
+
+
+class InferenceReport(Part):
+    """onnxruntime latency of the base model, one sequence at a time."""
+
+    p50_s: Seconds
+    p95_s: Seconds
+    tokens: Count
+
+
+class DatasetReport(Part):
+    """One local dataset, without any of its contents."""
+
+    examples: Count
+    labels: tuple[Annotated[str, Field(max_length=80)], ...] = ()
+
+
+class CapabilityProfile(Part):
+    """What one device measured about itself."""
+
+    fingerprint: Sha256
+    memory_budget_bytes: Count
+    disk_free_bytes: Count
+    disk_write_bytes_per_s: float | None = None
+    cpu_count: Count
+    accelerator: Line
+    link: LinkReport | None = None
+    compute: ComputeReport | None = None
+    inference: InferenceReport | None = None
+    temperature_c: float | None = None
+    power_mode: Line | None = None
+    throttled: bool | None = None
+
+
+class Birth(Part):
+    """A device (re)joined: who it is and what it can do. Sent after every connect."""
+
+    boot_id: Identifier
+    agent_version: Line
+    protocol: tuple[int, ...] = (PROTOCOL_VERSION,)
+    board: Identifier
+    emulated: Line | None = None
+    capability: CapabilityProfile
+    datasets: dict[Annotated[str, Field(max_length=80)], DatasetReport]
+    heartbeat_s: float = Field(gt=0, le=3600)
+
+
+class State(Part):
+    """Retained, for people and dashboards; also the Last Will."""
+
+    online: bool
+
+
+class Heartbeat(Part):
+    """Still here. Renews the lease that scheduling trusts."""
+
+    sequence: Count
+    busy_with: Identifier | None = None
+    rss_bytes: Count = 0
+    temperature_c: float | None = None
+    dropped_messages: Count = 0
+
+
+class Progress(Part):
+    """How far one assignment is. Lost ones do no harm: the next says more."""
+
+    kind: Literal["progress"] = "progress"
+    assignment_id: Identifier
+    phase: Literal["fetching", "training", "uploading"]
+    step: Count = 0
+    steps: Count = 0
+    loss: float | None = None
+
+
+class Failure(Part):
+    """One assignment ends without an update, and why. Must be acknowledged."""
+
+    kind: Literal["failure"] = "failure"
+    assignment_id: Identifier
+    code: FailureCode
+    detail: Line
+
+
+class Capability(Part):
+    """A new capability profile from a benchmark that ran after the birth."""
+
+    kind: Literal["capability"] = "capability"
+    capability: CapabilityProfile
+
+
+class Event(Part):
+    """Anything that happens between birth and update."""
+
+    event: Annotated[Progress | Failure | Capability, Field(discriminator="kind")]
+
+
+class StepReport(Part):
+    """What the assignment really cost; feeds the server's capacity estimates."""
+
+    steps_done: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    forward_s: Seconds
+    backward_s: Seconds
+    training_s: Seconds
+    download_s: Seconds
+    download_bytes: Count
+    upload_s: Seconds
+    peak_memory_bytes: Count
+    batch_size: int = Field(ge=1)
+    gradient_checkpointing: bool = False
+    first_loss: float = Field(allow_inf_nan=False)
+    last_loss: float = Field(allow_inf_nan=False)
+
+
+class UpdateManifest(Part):
+    """What one device learned in one round: a delta against the global adapter.
+
+    ``ranks`` is what was really trained; a device short of memory may train
+    fewer layers than it was assigned, never others and never other ranks.
+    """
+
+    run_id: Identifier
+    round_number: int = Field(ge=1)
+    assignment_id: Identifier
+    base_sha256: Sha256
+    ranks: tuple[int, ...]
+    update: BlobRef
+    examples: int = Field(ge=1)
+    report: StepReport
+    emulated: Line | None = None
+
+
+class TrainingRecipe(Part):
+    """How every device of a run trains; the same for all of them."""
+
+    task: Literal["classification", "instruction"]
+    dataset: Annotated[str, Field(max_length=80)]
+    labels: tuple[Annotated[str, Field(max_length=80)], ...] = ()
+    batch_size: int = Field(ge=1, le=4096)
+    learning_rate: float = Field(gt=0, le=1)
+    head_learning_rate: float = Field(gt=0, le=1)
+    max_tokens: int = Field(ge=4, le=8192)
+    codec: Codec = Codec.FP32
+
+
+class RoundStart(Part):
+    """Train this LoRA config on local data, from this global adapter."""
+
+    type: Literal["round.start"] = "round.start"
+    run_id: Identifier
+    round_number: int = Field(ge=1)
+    assignment_id: Identifier
+    ranks: tuple[int, ...]
+    steps: int = Field(ge=1)
+    deadline_s: float = Field(gt=0, le=1e7)
+    seed: Count
+    recipe: TrainingRecipe
+    adapter: BlobRef
+    model_digest: Sha256
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_are_a_lora_config(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        return LoraConfig(ranks).ranks
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The assigned depth and ranks."""
+        return LoraConfig(self.ranks)
+
+
+class RoundCancel(Part):
+    """Stop working on an assignment; nothing of it will be used."""
+
+    type: Literal["round.cancel"] = "round.cancel"
+    assignment_id: Identifier
+    reason: Line
+
+
+class Rebirth(Part):
+    """Say again who you are, after a random delay of at most ``jitter_s``."""
+
+    type: Literal["rebirth"] = "rebirth"
+    jitter_s: Seconds = 0.0
+
+
+class Benchmark(Part):
+    """Measure yourself with this base model and report a new capability profile."""
+
+    type: Literal["benchmark"] = "benchmark"
+    model_digest: Sha256
+
+
+class Command(Part):
+    """Something the server wants a device to do; always answered with an ack."""
+
+    command: Annotated[RoundStart | RoundCancel | Rebirth | Benchmark, Field(discriminator="type")]
+
+
+class Ack(Part):
+    """Answer to the message ``re``; from the server only after its commit."""
+
+    re: Identifier
+    status: Literal["ok", "rejected", "busy"]
+    code: Annotated[str, Field(max_length=60)] = ""
+    detail: Line = ""
+    retry_after_s: Seconds = 0.0
+
+
+Body = State | Birth | Heartbeat | Event | UpdateManifest | Command | Ack
+BodyType = TypeVar("BodyType", State, Birth, Heartbeat, Event, UpdateManifest, Command, Ack)
+
+SCHEMAS: dict[type[Part], str] = {
+    State: "legend.state/1",
+    Birth: "legend.birth/1",
+    Heartbeat: "legend.heartbeat/1",
+    Event: "legend.event/1",
+    UpdateManifest: "legend.update/1",
+    Command: "legend.command/1",
+    Ack: "legend.ack/1",
+}
+
+
+class Envelope(BaseModel):
+    """What every message shares.
+
+    Attributes:
+        id: made once per logical message, the same on every resend.
+        sid: the device's connection number; a death older than the last birth
+            is recognised by it. On commands: the session they are meant for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_name: str = Field(alias="schema", max_length=60)
+    id: Identifier
+    sid: Count
+    body: dict[str, object]
+
+
+def encode_message(body: Body, *, message_id: str, sid: int) -> bytes:
+    """Write one message.
+
+    Raises:
+        ProtocolError: it is larger than ``MAX_MESSAGE_BYTES``.
+    """
+    envelope = Envelope(
+        schema=SCHEMAS[type(body)],
+        id=message_id,
+        sid=sid,
+        body=body.model_dump(mode="json", exclude_none=True),
+    )
+    data = envelope.model_dump_json(by_alias=True).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode_message(body_type: type[BodyType], data: bytes) -> tuple[Envelope, BodyType]:
+    """Read one message of a known kind; the inverse of ``encode_message``.
+
+    Raises:
+        ProtocolError: too large, not JSON, another schema, or a bad field.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    try:
+        envelope = Envelope.model_validate_json(data)
+        if envelope.schema_name != SCHEMAS[body_type]:
+            raise ProtocolError(
+                f"schema {envelope.schema_name!r} instead of {SCHEMAS[body_type]!r}"
+            )
+        return envelope, body_type.model_validate(envelope.body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ProtocolError(f"{place}: {first['msg']}") from error
