@@ -1,0 +1,367 @@
+"""One run as a state machine: events in, actions out.
+
+Rule 1: everything that decides what a run does next lives here or in
+``open_round``. Rule 2: nothing here does I/O, reads a clock or draws unseeded
+randomness.
+
+    BASELINE -> PREPARING -> COLLECTING -> AGGREGATING -> EVALUATING -+-> ENDED
+                    ^                                                 |
+                    +------------------- next round ------------------+
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from enum import Enum
+
+from typing_extensions import assert_never
+
+from broker_server.open_round import OpenRound
+from broker_server.round_summary import summarise
+from broker_server.run_events import (
+    Acknowledge,
+    Action,
+    AdapterEvaluated,
+    AggregateRound,
+    AssignmentAccepted,
+    AssignmentFailed,
+    CancelRequested,
+    DeviceLost,
+    DeviceReported,
+    EvaluateAdapter,
+    Event,
+    FinishRun,
+    MeasureDevice,
+    RoundAggregated,
+    RunStarted,
+    SaveCheckpoint,
+    StepBroke,
+    Tick,
+    UpdateArrived,
+    UpdateChecked,
+)
+from broker_server.run_state import (
+    KnownDevice,
+    MemberCheckpoint,
+    RunCheckpoint,
+    RunPlan,
+    RunStatus,
+)
+from broker_server.strategies import DeviceCapacity, Strategy
+from wire_protocol.messages import BlobRef, UpdateManifest
+
+TOKENS_RHO = 0.7
+"""Weight of the old value in the moving average of tokens per step."""
+
+
+class Phase(str, Enum):
+    """What the run waits for."""
+
+    STARTING = "starting"
+    BASELINE = "baseline"
+    PREPARING = "preparing"
+    COLLECTING = "collecting"
+    AGGREGATING = "aggregating"
+    EVALUATING = "evaluating"
+    ENDED = "ended"
+
+
+class Coordinator:
+    """Decides what one run does next.
+
+    Args:
+        plan: what never changes during the run.
+        strategy: configures devices; aggregating bytes is the shell's work.
+        checkpoint: where to begin, or to go on after a restart.
+        recorded: updates of the open round that were acknowledged before.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        strategy: Strategy,
+        checkpoint: RunCheckpoint,
+        recorded: dict[str, UpdateManifest] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.strategy = strategy
+        self.phase = Phase.STARTING
+        self.round_number = checkpoint.round_number
+        self.attempt = checkpoint.attempt
+        self.adapter: BlobRef = checkpoint.adapter
+        self.baseline_done = checkpoint.baseline_done
+        self.tokens_per_step = checkpoint.tokens_per_step
+        self.devices: dict[str, KnownDevice] = {}
+        self.round: OpenRound | None = None
+        self._parts = dict(checkpoint.members)
+        self._recorded = dict(recorded or {})
+        self._new_adapter: BlobRef | None = None
+        self._prepare_until = math.inf
+        self._duration_s = 0.0
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Apply one event and say what must be done about it.
+
+        Args:
+            event: what happened. Handling the same event twice is harmless:
+                MQTT QoS 1 may deliver a message more than once.
+            now: seconds on the caller's monotonic clock; never goes backwards.
+
+        Returns:
+            Actions to carry out in order.
+        """
+        if self.phase is Phase.ENDED:
+            return self._answer_after_the_end(event)
+        match event:
+            case RunStarted():
+                actions = self._start(now)
+            case DeviceReported():
+                actions = self._device_reported(event, now)
+            case DeviceLost():
+                actions = self._device_lost(event, now)
+            case AssignmentAccepted() | AssignmentFailed() | UpdateArrived() | UpdateChecked():
+                actions = self._answered(event, now)
+            case RoundAggregated():
+                actions = self._aggregated(event, now)
+            case AdapterEvaluated():
+                actions = self._evaluated(event, now)
+            case StepBroke():
+                actions = self._end(RunStatus.FAILED, event.detail)
+            case CancelRequested():
+                actions = self._end(RunStatus.CANCELLED, event.reason)
+            case Tick():
+                actions = self._tick(now)
+            case _:
+                assert_never(event)
+        return actions + self._advance(now)
+
+    def next_deadline(self) -> float | None:
+        """When to call ``handle(Tick(), now)`` if nothing else happens first."""
+        if self.phase is Phase.PREPARING:
+            return self._prepare_until
+        if self.phase is Phase.COLLECTING and self.round:
+            return self.round.next_deadline(self.devices)
+        return None
+
+    # Phases
+
+    def _start(self, now: float) -> list[Action]:
+        if self.phase is not Phase.STARTING:
+            return []
+        if not self.baseline_done:
+            self.phase = Phase.BASELINE
+            return [SaveCheckpoint(self._checkpoint()), EvaluateAdapter(0, self.adapter)]
+        if self.round_number > self.plan.rounds:
+            return self._end(RunStatus.FINISHED, f"all {self.plan.rounds} rounds done")
+        if self._parts:
+            return self._open_round(now)
+        return self._prepare(now)
+
+    def _prepare(self, now: float) -> list[Action]:
+        self.phase = Phase.PREPARING
+        self._prepare_until = now + self.plan.prepare_s
+        return []
+
+    def _advance(self, now: float) -> list[Action]:
+        """Leave the present phase when what it waits for is there."""
+        if self.phase is Phase.PREPARING and self._is_prepared(now):
+            return self._begin_round(now)
+        if self.phase is Phase.PREPARING and now >= self._prepare_until:
+            return self._end(RunStatus.FAILED, self._nobody())
+        if (
+            self.phase is Phase.COLLECTING
+            and self.round
+            and self.round.is_collected(self.devices, now)
+        ):
+            return self._end_collecting(self.round, now)
+        return []
+
+    def _is_prepared(self, now: float) -> bool:
+        """The first round waits for devices that still measure themselves, later ones do not."""
+        online = [known for known in self.devices.values() if known.online]
+        measuring = any(not known.capacity and not known.note for known in online)
+        settled = self.round_number > 1 or not measuring or now >= self._prepare_until
+        return settled and any(known.capacity for known in online)
+
+    def _nobody(self) -> str:
+        notes = [
+            f"{name}: {known.note or 'offline or still measuring itself'}"
+            for name, known in sorted(self.devices.items())
+        ]
+        return "no device can take part (" + ("; ".join(notes) or "none is online") + ")"
+
+    def _end(self, status: RunStatus, reason: str) -> list[Action]:
+        self.phase = Phase.ENDED
+        cancels = self.round.cancel(reason) if self.round else []
+        return [*cancels, FinishRun(status, reason)]
+
+    def _answer_after_the_end(self, event: Event) -> list[Action]:
+        if isinstance(event, UpdateArrived | UpdateChecked):
+            return [Acknowledge(event.device_id, event.message_id, "rejected", "stale")]
+        if isinstance(event, AssignmentFailed) and event.message_id:
+            return [Acknowledge(event.device_id, event.message_id, "ok")]
+        return []
+
+    # Devices
+
+    def _device_reported(self, event: DeviceReported, now: float) -> list[Action]:
+        before = self.devices.get(event.device_id)
+        self.devices[event.device_id] = KnownDevice(event.capacity, note=event.note)
+        came_back = before is None or not before.online
+        actions: list[Action] = []
+        if self.round and event.device_id in self.round.members and came_back:
+            actions += self.round.send([event.device_id], now)
+        if event.capacity is None and not event.note and came_back:
+            actions.append(MeasureDevice(event.device_id))
+        return actions
+
+    def _device_lost(self, event: DeviceLost, now: float) -> list[Action]:
+        known = self.devices.get(event.device_id)
+        if known and known.online:
+            known.online, known.lost_at = False, now
+        return []
+
+    def _tick(self, now: float) -> list[Action]:
+        if self.phase is Phase.COLLECTING and self.round:
+            return self.round.resend(self.devices, now)
+        return []
+
+    # A round
+
+    def _cohort(self) -> list[DeviceCapacity]:
+        able = {
+            name: known.capacity
+            for name, known in sorted(self.devices.items())
+            if known.online and known.capacity
+        }
+        wanted = self.plan.devices_per_round
+        if wanted is None or wanted >= len(able):
+            return list(able.values())
+        seed = f"{self.plan.seed}/{self.round_number}/{self.attempt}"
+        names = random.Random(seed).sample(sorted(able), wanted)  # noqa: S311 - no secret
+        return [able[name] for name in sorted(names)]
+
+    def _begin_round(self, now: float) -> list[Action]:
+        shape = replace(self.plan.shape, tokens_per_step=self.tokens_per_step)
+        configuration = self.strategy.configure(shape, self._cohort(), self.round_number)
+        for device_id, reason in configuration.refused.items():
+            self.devices[device_id].note = reason
+        if not configuration.plans:
+            return self._end(RunStatus.FAILED, self._nobody())
+        self._parts = {
+            device_id: MemberCheckpoint(
+                assignment_id=(
+                    f"{self.plan.run_id}.{self.round_number}-{self.attempt}.{device_id}"
+                ),
+                ranks=plan.lora.ranks,
+                steps=plan.steps,
+                predicted_s=plan.predicted_s,
+            )
+            for device_id, plan in sorted(configuration.plans.items())
+        }
+        return [SaveCheckpoint(self._checkpoint()), *self._open_round(now)]
+
+    def _open_round(self, now: float) -> list[Action]:
+        """Send the assignments of ``_parts``; what was recorded stays recorded."""
+        self.phase = Phase.COLLECTING
+        self.round = OpenRound(
+            self.plan, self.round_number, self.adapter, self._parts, self._recorded, now
+        )
+        self._recorded = {}
+        for name in self._parts:
+            # After a restart nobody has reported yet: lost, with time to come back.
+            self.devices.setdefault(name, KnownDevice(None, online=False, lost_at=now))
+        return self.round.send([n for n in self._parts if self.devices[n].online], now)
+
+    def _answered(
+        self,
+        event: AssignmentAccepted | AssignmentFailed | UpdateArrived | UpdateChecked,
+        now: float,
+    ) -> list[Action]:
+        if isinstance(event, AssignmentAccepted):
+            if self.round:
+                self.round.accepted(event)
+            return []
+        if isinstance(event, AssignmentFailed):
+            if self.round:
+                self.round.failed(event)
+            if event.message_id is None:
+                return []
+            return [Acknowledge(event.device_id, event.message_id, "ok")]
+        if self.round is None:
+            return [Acknowledge(event.device_id, event.message_id, "rejected", "stale")]
+        if isinstance(event, UpdateArrived):
+            return self.round.update_arrived(event)
+        return self.round.update_checked(event, now)
+
+    def _end_collecting(self, open_round: OpenRound, now: float) -> list[Action]:
+        actions, accepted = open_round.close(now)
+        if accepted:
+            self.phase = Phase.AGGREGATING
+            return [*actions, AggregateRound(self.round_number, self.adapter, accepted)]
+        self.attempt += 1
+        if self.attempt >= self.plan.attempts:
+            details = "; ".join(
+                f"{name}: {member.detail}" for name, member in sorted(open_round.members.items())
+            )
+            times = self.plan.attempts
+            reason = f"round {self.round_number} brought no update {times} times ({details})"
+            return [*actions, *self._end(RunStatus.FAILED, reason)]
+        self.round, self._parts = None, {}
+        return [*actions, SaveCheckpoint(self._checkpoint()), *self._prepare(now)]
+
+    # From updates to the next round
+
+    def _aggregated(self, event: RoundAggregated, now: float) -> list[Action]:
+        if self.phase is not Phase.AGGREGATING or self.round is None:
+            return []
+        self.phase = Phase.EVALUATING
+        self._new_adapter = event.adapter
+        self._duration_s = now - self.round.began
+        return [EvaluateAdapter(self.round_number, event.adapter)]
+
+    def _evaluated(self, event: AdapterEvaluated, now: float) -> list[Action]:
+        if self.phase is Phase.BASELINE:
+            self.baseline_done = True
+            self.round_number = 1
+            return [SaveCheckpoint(self._checkpoint(), baseline=event), *self._prepare(now)]
+        if self.phase is not Phase.EVALUATING or self.round is None or self._new_adapter is None:
+            return []
+        result = summarise(
+            self.round_number,
+            event,
+            self.round.members,
+            collected_s=self.round.collected_s,
+            duration_s=self._duration_s,
+        )
+        self._learn_tokens(self.round)
+        done = self.round_number
+        self.adapter, self._new_adapter = self._new_adapter, None
+        self.round_number, self.attempt = done + 1, 0
+        self.round, self._parts = None, {}
+        saved = SaveCheckpoint(self._checkpoint(), result=result)
+        target = self.plan.target_accuracy
+        if target is not None and event.accuracy >= target:
+            reason = f"target accuracy {target:.3f} reached in round {done}"
+            return [saved, *self._end(RunStatus.FINISHED, reason)]
+        if done >= self.plan.rounds:
+            return [saved, *self._end(RunStatus.FINISHED, f"all {done} rounds done")]
+        return [saved, *self._prepare(now)]
+
+    def _learn_tokens(self, open_round: OpenRound) -> None:
+        reports = [m.manifest.report for m in open_round.members.values() if m.manifest]
+        steps = sum(report.steps_done for report in reports)
+        measured = sum(report.tokens for report in reports) / max(1, steps)
+        self.tokens_per_step = TOKENS_RHO * self.tokens_per_step + (1 - TOKENS_RHO) * measured
+
+    def _checkpoint(self) -> RunCheckpoint:
+        return RunCheckpoint(
+            round_number=self.round_number,
+            attempt=self.attempt,
+            adapter=self.adapter,
+            baseline_done=self.baseline_done,
+            tokens_per_step=self.tokens_per_step,
+            members=self._parts,
+        )
