@@ -1,0 +1,336 @@
+"""The agent's one loop: feeds the ``Session`` and carries out what it decides.
+
+The only place with a clock. Bytes from the broker become events in one function.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from edge_agent import session
+from edge_agent.benchmark import benchmark_device
+from edge_agent.capability import current_capability, describe_datasets
+from edge_agent.mqtt import Connected, CredentialsRefused, DeviceLink, Disconnected, Received
+from edge_agent.notify import Notifier
+from edge_agent.outbox import Outbox, OutgoingMessage
+from edge_agent.round_work import Workshop, do_round
+from edge_agent.status_file import StatusFile
+from wire_protocol.errors import DeviceError, FailureCode, LegendError, ProtocolError
+from wire_protocol.messages import (
+    Ack,
+    Birth,
+    Capability,
+    Command,
+    Event,
+    Heartbeat,
+    Progress,
+    UpdateManifest,
+    decode_message,
+    encode_message,
+)
+from wire_protocol.topics import Channel, DeviceTopic, parse_topic
+
+log = structlog.get_logger()
+PROGRESS_INTERVAL_S = 1.0
+"""Progress is for people: more often than this says nothing new and costs traffic."""
+
+
+class Agent:
+    """Carries out what the session decides.
+
+    Args:
+        workshop: what assignments are worked on with.
+        link: the connection to the broker.
+        status: what ``edge-agent status`` shows.
+        notifier: systemd.
+        rng: for jitter.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        link: DeviceLink,
+        *,
+        status: StatusFile,
+        notifier: Notifier,
+        rng: random.Random,
+    ) -> None:
+        self.workshop = workshop
+        self.settings = workshop.device.settings
+        self.link = link
+        self.status = status
+        self.notifier = notifier
+        self.session = session.Session(self.settings.heartbeat_s, rng)
+        self.outbox = Outbox(workshop.state.outbox, rng=rng, now=time.monotonic())
+        self.boot_id = uuid.uuid4().hex
+        self.datasets = describe_datasets(self.settings)
+        self.dropped = 0
+        self._progress_at = 0.0
+        self._work_scope: anyio.CancelScope | None = None
+        self._send: MemoryObjectSendStream[session.Event]
+        self._receive: MemoryObjectReceiveStream[session.Event]
+        self._send, self._receive = anyio.create_memory_object_stream[session.Event](64)
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Serve until cancelled."""
+        tasks.start_soon(self._pump, name="broker")
+        if interval_s := self.notifier.watchdog_interval_s:
+            log.info("watchdog_enabled", interval_s=interval_s)
+        self.notifier.ready("connecting to the broker")
+        while True:
+            event: session.Event = session.Tick()
+            with anyio.move_on_after(self._patience_s()):
+                event = await self._receive.receive()
+            # Fed by the loop that does the work: a stuck loop must be restarted.
+            self.notifier.watchdog()
+            for action in self.session.handle(event, time.monotonic()):
+                self._carry_out(action, tasks)
+            self._publish_outbox()
+            self.status.write(self._status())
+
+    def _patience_s(self) -> float:
+        now = time.monotonic()
+        times = [now + 60.0]
+        if (deadline := self.session.next_deadline()) is not None:
+            times.append(deadline)
+        if self.link.connected and (due := self.outbox.next_deadline()) is not None:
+            times.append(due)
+        if interval_s := self.notifier.watchdog_interval_s:
+            times.append(now + interval_s)
+        return max(0.0, min(times) - now)
+
+    async def _pump(self) -> None:
+        """Bytes from the broker become events here, and only here."""
+        async for item in self.link.incoming():
+            match item:
+                case Connected():
+                    log.info("broker_connected", sid=item.sid)
+                    await self._send.send(session.Connected(item.sid))
+                case Disconnected():
+                    log.warning("broker_lost", reason=item.reason, retry_in_s=item.retry_in_s)
+                    await self._send.send(session.Disconnected())
+                case CredentialsRefused():
+                    log.error("broker_refused_password", times=item.times, reason=item.reason)
+                    await self._send.send(session.Disconnected())
+                case Received():
+                    if (event := self._event_from(item)) is not None:
+                        await self._send.send(event)
+
+    def _event_from(self, item: Received) -> session.Event | None:
+        try:
+            channel = parse_topic(item.topic)
+            if isinstance(channel, DeviceTopic) and channel.channel is Channel.SERVER_ACK:
+                return session.AckArrived(decode_message(Ack, item.payload)[1])
+            if isinstance(channel, DeviceTopic) and channel.channel is not Channel.COMMAND:
+                raise ProtocolError(f"{channel.channel.value} is not meant for devices")
+            if not isinstance(channel, DeviceTopic) and item.topic.endswith("/server"):
+                return None  # for people; the link and the leases say what we need
+            envelope, command = decode_message(Command, item.payload)
+            return session.CommandArrived(envelope.id, command)
+        except ProtocolError as error:
+            self.dropped += 1
+            log.warning("message_dropped", topic=item.topic, error=str(error))
+            return None
+
+    def _carry_out(self, action: session.Action, tasks: TaskGroup) -> None:
+        match action:
+            case session.PublishBirth():
+                self._publish(Channel.BIRTH, self._birth(), uuid.uuid4().hex)
+            case session.PublishHeartbeat():
+                self._publish(
+                    Channel.HEARTBEAT,
+                    Heartbeat(
+                        sequence=action.sequence,
+                        busy_with=action.busy_with,
+                        rss_bytes=_rss_bytes(),
+                        temperature_c=self.workshop.device.sensors().temperature_c,
+                        dropped_messages=self.dropped,
+                    ),
+                    uuid.uuid4().hex,
+                    qos=0,
+                )
+            case session.AnswerCommand():
+                ack = Ack(
+                    re=action.message_id,
+                    status="ok" if action.status == "ok" else "rejected",
+                    code=action.code,
+                    detail=action.detail,
+                )
+                self._publish(Channel.DEVICE_ACK, ack, uuid.uuid4().hex)
+            case session.StartWork():
+                tasks.start_soon(self._work, action, name="work")
+            case session.StopWork():
+                tasks.start_soon(self._stop_work, name="stop work")
+            case session.StartBenchmark():
+                tasks.start_soon(self._benchmark, action, name="benchmark")
+            case session.PostUpdate():
+                message_id = f"update-{action.manifest.assignment_id}"
+                self._post(Channel.UPDATE, action.manifest, message_id)
+            case session.PostFailure():
+                log.warning(
+                    "assignment_failed",
+                    assignment_id=action.failure.assignment_id,
+                    code=action.failure.code.value,
+                    detail=action.failure.detail,
+                )
+                message_id = f"failure-{action.failure.assignment_id}"
+                self._post(Channel.EVENT, Event(event=action.failure), message_id)
+            case session.PostCapability():
+                self._publish(
+                    Channel.EVENT,
+                    Event(event=Capability(capability=action.capability)),
+                    uuid.uuid4().hex,
+                )
+            case session.ClearOutbox():
+                self._clear(action)
+            case session.ResendOutbox():
+                self.outbox.reconnected(time.monotonic())
+
+    # Messages
+
+    def _topic(self, channel: Channel) -> str:
+        return str(DeviceTopic(self.settings.fleet, self.settings.device_id, channel))
+
+    def _publish(
+        self,
+        channel: Channel,
+        body: Birth | Heartbeat | Ack | Event,
+        message_id: str,
+        *,
+        qos: int = 1,
+    ) -> None:
+        payload = encode_message(body, message_id=message_id, sid=self.link.sid)
+        self.link.publish(self._topic(channel), payload, qos=qos)
+
+    def _post(self, channel: Channel, body: UpdateManifest | Event, message_id: str) -> None:
+        payload = encode_message(body, message_id=message_id, sid=self.link.sid)
+        try:
+            message = OutgoingMessage(message_id, self._topic(channel), payload)
+            self.outbox.add(message, now=time.monotonic())
+        except DeviceError as error:
+            # Unsaid now, but not lost: after a restart the round directory says it again.
+            log.error("outbox_not_written", message_id=message_id, error=str(error))
+
+    def _publish_outbox(self) -> None:
+        if self.link.connected:
+            for message in self.outbox.due(time.monotonic()):
+                self.link.publish(message.topic, message.payload)
+
+    def _clear(self, action: session.ClearOutbox) -> None:
+        if not self.outbox.acknowledged(action.message_id):
+            return
+        if action.rejected:
+            log.warning("update_rejected", message_id=action.message_id, why=action.rejected)
+        kind, _, assignment_id = action.message_id.partition("-")
+        if kind in ("update", "failure"):
+            self.workshop.state.forget_round(assignment_id)
+
+    def _birth(self) -> Birth:
+        device = self.workshop.device
+        return Birth(
+            boot_id=self.boot_id,
+            agent_version=version("legend-edge"),
+            board=device.board,
+            emulated=device.emulation.label if device.emulation else None,
+            capability=current_capability(device, self.workshop.state),
+            datasets=self.datasets,
+            heartbeat_s=self.settings.heartbeat_s,
+        )
+
+    # Work
+
+    async def _work(self, action: session.StartWork) -> None:
+        start = action.start
+        log.info("assignment_started", assignment_id=start.assignment_id, depth=start.lora.depth)
+        outcome: session.Event
+        with anyio.CancelScope() as scope:
+            self._work_scope = scope
+            outcome = await _outcome(
+                start.assignment_id, lambda: do_round(self.workshop, start, self._progress)
+            )
+        if scope.cancelled_caught:
+            outcome = session.WorkFailed(
+                start.assignment_id, FailureCode.CANCELLED, "the server cancelled it"
+            )
+        self._work_scope = None
+        if isinstance(outcome, session.WorkFailed):
+            self.workshop.state.forget_round(start.assignment_id)
+        await self._send.send(outcome)
+
+    async def _stop_work(self) -> None:
+        await self.workshop.trainer.cancel()
+        if self._work_scope:
+            self._work_scope.cancel()
+
+    async def _benchmark(self, action: session.StartBenchmark) -> None:
+        shop = self.workshop
+        log.info("benchmark_started", model=action.model_digest[:12])
+        outcome: session.Event
+        try:
+            capability = await benchmark_device(
+                shop.device,
+                shop.state,
+                blobs=shop.blobs,
+                provisioning=shop.provisioning,
+                trainer=shop.trainer,
+                model_digest=action.model_digest,
+                on_step=lambda *_: None,
+            )
+            log.info("benchmark_finished")
+            outcome = session.BenchmarkFinished(capability)
+        except LegendError as error:
+            log.error("benchmark_failed", error=str(error))
+            outcome = session.BenchmarkFailed(str(error))
+        await self._send.send(outcome)
+
+    def _progress(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase == "training" and now - self._progress_at < PROGRESS_INTERVAL_S:
+            return
+        self._progress_at = now
+        self._publish(Channel.EVENT, Event(event=progress), uuid.uuid4().hex, qos=0)
+
+    def _status(self) -> dict[str, object]:
+        return {
+            "device_id": self.settings.device_id,
+            "fleet": self.settings.fleet,
+            "server": self.settings.server,
+            "connected": self.session.connected,
+            "sid": self.link.sid,
+            "busy_with": self.session.busy_with,
+            "benchmarking": self.session.benchmarking is not None,
+            "outbox": len(self.outbox),
+            "trainer_starts": self.workshop.trainer.starts,
+            "dropped_messages": self.dropped,
+            "rss_bytes": _rss_bytes(),
+        }
+
+
+async def _outcome(
+    assignment_id: str, work: Callable[[], Awaitable[UpdateManifest]]
+) -> session.Event:
+    """Every way an assignment can end becomes an event; none ends the agent."""
+    try:
+        return session.WorkFinished(await work())
+    except DeviceError as error:
+        return session.WorkFailed(assignment_id, error.code, str(error))
+    except LegendError as error:
+        return session.WorkFailed(assignment_id, FailureCode.DOWNLOAD_FAILED, str(error))
+    except Exception as error:
+        log.exception("assignment_crashed", assignment_id=assignment_id)
+        line = f"{type(error).__name__}: {error}"
+        return session.WorkFailed(assignment_id, FailureCode.INTERNAL, line)
+
+
+def _rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,82 @@
+"""The agent put together: the only module that knows every part."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from edge_agent.agent import Agent
+from edge_agent.blobs import BlobClient
+from edge_agent.capability import Device, this_device
+from edge_agent.emulation import emulation_of
+from edge_agent.join import find_broker
+from edge_agent.link import ShapedLink
+from edge_agent.mqtt import DeviceLink
+from edge_agent.notify import Notifier
+from edge_agent.round_work import Workshop
+from edge_agent.settings import AgentSettings
+from edge_agent.state_dir import StateDir
+from edge_agent.status_file import StatusFile
+from edge_agent.trainer import Trainer
+from wire_protocol.topics import Channel, DeviceTopic
+
+log = structlog.get_logger()
+
+
+async def run_agent(settings: AgentSettings) -> None:
+    """Run one agent until SIGTERM or SIGINT.
+
+    Raises:
+        AlreadyRunning: another agent holds the state directory.
+        ConfigError, Refused: the settings are wrong, or the server says no.
+    """
+    emulation = emulation_of(settings.emulate) if settings.emulate else None
+    device = this_device(settings, emulation)
+    state = StateDir(settings.state_dir)
+    with state.locked():
+        notifier = Notifier(os.environ)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_stop_on_signal, tasks.cancel_scope, name="signals")
+            await _serve(device, state, notifier, tasks)
+
+
+async def _serve(device: Device, state: StateDir, notifier: Notifier, tasks: TaskGroup) -> None:
+    settings = device.settings
+    rng = random.Random()  # noqa: S311 - jitter, not secrets
+    shape = device.emulation.link if device.emulation else None
+    trainer = Trainer(
+        settings.trainer_python or sys.executable,
+        log_file=state.root / "trainer.log",
+        threads=settings.threads,
+    )
+    async with (
+        BlobClient(settings.server, token=settings.token) as provisioning,
+        BlobClient(settings.server, token=settings.token, link=ShapedLink(shape)) as blobs,
+    ):
+        login = await find_broker(settings, provisioning, rng)
+        topic = DeviceTopic(settings.fleet, settings.device_id, Channel.STATE)
+        link = DeviceLink(login, topic, next_sid=state.counter("sid").increment)
+        try:
+            async with link:
+                workshop = Workshop(device, state, blobs, provisioning, trainer)
+                status = StatusFile(state.root)
+                agent = Agent(workshop, link, status=status, notifier=notifier, rng=rng)
+                await agent.run(tasks)
+        finally:
+            notifier.stopping("stopping")
+            with anyio.CancelScope(shield=True):
+                await trainer.close()
+
+
+async def _stop_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for received in signals:
+            log.info("agent_stopping", signal=received.name)
+            scope.cancel()
+            return

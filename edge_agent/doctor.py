@@ -1,0 +1,161 @@
+"""``edge-agent doctor``: everything that this device needs, checked one by one.
+
+Each finding says what was seen and, when something is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import anyio
+
+from edge_agent.blobs import BlobClient
+from edge_agent.capability import describe_datasets, this_device
+from edge_agent.emulation import emulation_of
+from edge_agent.join import find_broker_once
+from edge_agent.settings import AgentSettings, load_settings
+from edge_agent.state_dir import StateDir
+from wire_protocol.errors import LegendError
+
+TRAINING_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+LEAST_DISK_BYTES = 2 * 2**30
+LEAST_MEMORY_BYTES = 700 * 2**20
+"""What importing the training packages and loading a small model takes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: ``state`` is ``ok``, ``warning`` or ``broken``."""
+
+    check: str
+    state: str
+    seen: str
+    remedy: str = ""
+
+
+def examine(settings_file: Path | None) -> list[Finding]:
+    """Run every check; one that fails does not stop the others."""
+    try:
+        settings = load_settings(settings_file)
+    except LegendError as error:
+        return [Finding("settings", "broken", str(error), "correct the settings file")]
+    findings = [Finding("settings", "ok", f"device {settings.device_id}")]
+    checks: tuple[tuple[str, Callable[[AgentSettings], Iterator[Finding]]], ...] = (
+        ("board", _board),
+        ("state directory", _state_directory),
+        ("memory", _memory),
+        ("temperature", _temperature),
+        ("datasets", _datasets),
+        ("packages", _packages),
+        ("server", _server),
+    )
+    for name, check in checks:
+        try:
+            findings += check(settings)
+        except LegendError as error:
+            findings.append(Finding(name, "broken", str(error)))
+    return findings
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Show the findings as a table."""
+    from rich.console import Console  # noqa: PLC0415 - slow to import
+    from rich.table import Table  # noqa: PLC0415
+
+    colours = {"ok": "green", "warning": "yellow", "broken": "red"}
+    table = Table("check", "state", "seen", "what to do")
+    for finding in findings:
+        colour = colours[finding.state]
+        table.add_row(finding.check, f"[{colour}]{finding.state}[/]", finding.seen, finding.remedy)
+    Console().print(table)
+
+
+def _board(settings: AgentSettings) -> Iterator[Finding]:
+    emulation = emulation_of(settings.emulate) if settings.emulate else None
+    device = this_device(settings, emulation)
+    note = device.facts.note or device.facts.description
+    yield Finding("board", "ok", f"{device.facts.board_id} ({note})")
+    if emulation:
+        yield Finding("emulation", "warning", emulation.label, "remove 'emulate' on a real board")
+
+
+def _state_directory(settings: AgentSettings) -> Iterator[Finding]:
+    state = StateDir(settings.state_dir)
+    free = shutil.disk_usage(state.root).free
+    enough = free >= LEAST_DISK_BYTES
+    yield Finding(
+        "disk",
+        "ok" if enough else "warning",
+        f"{free / 2**30:.1f} GiB free in {state.root}",
+        "" if enough else "free some space: base models and caches need about 2 GiB",
+    )
+
+
+def _memory(settings: AgentSettings) -> Iterator[Finding]:
+    budget = this_device(settings, None).memory_budget_bytes()
+    enough = budget >= LEAST_MEMORY_BYTES
+    yield Finding(
+        "memory",
+        "ok" if enough else "broken",
+        f"{budget / 2**20:.0f} MiB for training",
+        "" if enough else "stop other programs or raise the memory limit of this service",
+    )
+
+
+def _temperature(settings: AgentSettings) -> Iterator[Finding]:
+    reading = this_device(settings, None).sensors()
+    if reading.throttled:
+        yield Finding(
+            "throttling", "warning", "the board runs below its speed", "check cooling and supply"
+        )
+    elif reading.temperature_c is not None:
+        yield Finding("temperature", "ok", f"{reading.temperature_c:.0f} degrees Celsius")
+
+
+def _datasets(settings: AgentSettings) -> Iterator[Finding]:
+    if not settings.datasets:
+        yield Finding(
+            "datasets", "warning", "none in the settings", "add one under 'datasets' to take part"
+        )
+    for name, report in describe_datasets(settings).items():
+        if report.examples:
+            seen = f"{name}: {report.examples} examples, {len(report.labels)} labels"
+            yield Finding("dataset", "ok", seen)
+        else:
+            path = settings.datasets[name].path
+            yield Finding(
+                "dataset", "broken", f"{name}: {path} is empty or unreadable", "check the file"
+            )
+
+
+def _packages(settings: AgentSettings) -> Iterator[Finding]:
+    if settings.trainer_python:
+        yield Finding("packages", "warning", f"trainer runs under {settings.trainer_python}")
+        return
+    missing = [name for name in TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'legend-edge[train]'; on aarch64 install torch<2.11 first"
+        yield Finding("packages", "broken", f"missing: {', '.join(missing)}", remedy)
+        return
+    yield Finding("packages", "ok", ", ".join(f"{n} {_version(n)}" for n in TRAINING_PACKAGES))
+
+
+def _server(settings: AgentSettings) -> Iterator[Finding]:
+    async def ask() -> str:
+        async with BlobClient(settings.server, token=settings.token) as server:
+            login = await find_broker_once(settings, server)
+            return f"{settings.server}, broker {login.host}:{login.port}"
+
+    yield Finding("server", "ok", anyio.run(ask))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"

@@ -1,0 +1,340 @@
+"""The training recipe: one device's share of one round, readable from top to bottom.
+
+    attach the global adapter, train the assigned layers for some steps on local
+    data, return what changed and what it cost, give the base model back.
+
+Knows torch; knows no files, no processes and no network. Valid on Python 3.8.
+
+Source: arXiv:2412.20004, local fine-tuning with LoRA depth and rank distribution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from edge_agent.base_model import BaseModel, load_base_model
+from edge_agent.dataset import (
+    IGNORED_LABEL,
+    Tokenised,
+    collate,
+    endless_batches,
+    load_examples,
+    padding_of,
+    tokenise_classification,
+    tokenise_instruction,
+)
+from edge_agent.peak_memory import is_out_of_memory, peak_bytes, release_memory, reset_peak
+from edge_agent.peft_adapter import AttachedAdapter, attach, delta, detach, set_training_mode
+from edge_agent.round_directory import Recipe, TrainingReport, TrainRequest
+from edge_agent.stretch import Stretch
+from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.records import Columns
+from wire_protocol.tensors import Adapter
+
+__all__ = [
+    "BaseModel",
+    "Outcome",
+    "StepCost",
+    "Supervision",
+    "TrainingStep",
+    "load_base_model",
+    "prepare_data",
+    "train",
+]
+
+_MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one device learned in one round.
+
+    Attributes:
+        delta: trained minus global tensors of the assigned layers and the head.
+        ranks: rank that was trained at every layer.
+        examples: size of the local dataset.
+    """
+
+    delta: Mapping[str, NDArray[np.float32]]
+    ranks: Tuple[int, ...]
+    examples: int
+    report: TrainingReport
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How the surroundings watch and stop a training.
+
+    Attributes:
+        on_step: called after every step with the steps done and the loss.
+        cancelled: asked between steps.
+        elapsed_s: seconds since the assignment's deadline began to run.
+        sleep: passes the seconds by which an imitated board is slower.
+    """
+
+    on_step: Callable[[int, float], object] = lambda _step, _loss: None
+    cancelled: Callable[[], bool] = lambda: False
+    elapsed_s: Callable[[], float] = lambda: 0.0
+    sleep: Callable[[float], object] = time.sleep
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One optimiser step: computed tokens (with padding), its loss and its seconds."""
+
+    tokens: int
+    loss: float
+    forward_s: float
+    backward_s: float
+
+
+def prepare_data(
+    base: BaseModel, path: Path, *, columns: Columns, recipe: Recipe
+) -> List[Tokenised]:
+    """Load and tokenise a local dataset for a base model.
+
+    Raises:
+        DeviceError: see ``dataset.load_examples`` and ``tokenise_classification``.
+    """
+    examples = load_examples(path, columns)
+    max_tokens = min(recipe.max_tokens, base.max_positions)
+    if recipe.task == "classification":
+        return tokenise_classification(
+            examples, base.tokenizer, labels=recipe.labels, max_tokens=max_tokens
+        )
+    return tokenise_instruction(examples, base.tokenizer, max_tokens=max_tokens)
+
+
+def train(
+    base: BaseModel,
+    data: Sequence[Tokenised],
+    *,
+    adapter: Adapter,
+    request: TrainRequest,
+    supervision: Optional[Supervision] = None,
+) -> Outcome:
+    """Train the assigned layers on local data; the base model is unchanged afterwards.
+
+    Fewer steps than asked are done when the next one would miss the deadline; at
+    least one is done. A batch that does not fit into memory is halved, for good.
+
+    Args:
+        base: a base model without an adapter.
+        data: tokenised examples; at least one.
+        adapter: the global adapter.
+        request: what to train, how long and how.
+        supervision: who watches; nobody by default.
+
+    Raises:
+        DeviceError: CANCELLED, NON_FINITE_LOSS, or OUT_OF_MEMORY with one example.
+        ProtocolError: the adapter does not fit the base model or the ranks.
+    """
+    watch = supervision or Supervision()
+    limits = request.limits
+    torch.manual_seed(request.seed)
+    reset_peak()
+    attached = attach(base, adapter, request.ranks)
+    try:
+        with _checkpointing(base, enabled=limits.gradient_checkpointing):
+            set_training_mode(attached)
+            stretch = Stretch(
+                base.shape.weights_per_layer,
+                base.shape.layer_count,
+                limits.flops_per_s,
+                sleep=watch.sleep,
+            )
+            step = TrainingStep(
+                attached, request.recipe, precision=limits.precision, stretch=stretch
+            )
+            report = _run_steps(step, data, request=request, watch=watch)
+        return Outcome(delta(attached), request.ranks, len(data), report)
+    finally:
+        detach(attached)
+        release_memory()
+
+
+class TrainingStep:
+    """Forward, backward and update on one batch, each part timed.
+
+    The optimiser is new in every round: between rounds the server averages the
+    adapter, and moments of another adapter would mislead.
+
+    Args:
+        attached: the adapter to train.
+        recipe: learning rates.
+        precision: ``fp16`` and ``bf16`` take effect on CUDA only.
+        stretch: what slows the step down to an imitated board.
+    """
+
+    def __init__(
+        self, attached: AttachedAdapter, recipe: Recipe, *, precision: str, stretch: Stretch
+    ) -> None:
+        self._attached = attached
+        self._stretch = stretch
+        self._device = attached.base.device
+        self._depth = sum(rank > 0 for rank in attached.ranks)
+        self._padding = padding_of(attached.base.tokenizer)
+        self._parameters = list(attached.trained.values())
+        groups = [{"params": list(attached.lora.values()), "lr": recipe.learning_rate}]
+        if attached.head:
+            head = {"params": list(attached.head.values()), "lr": recipe.head_learning_rate}
+            groups.append(head)
+        self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._dtype = _autocast_dtype(self._device.type, precision)
+        self._scaler = _grad_scaler(enabled=self._dtype is torch.float16)
+
+    def run(self, batch: Sequence[Tokenised]) -> StepCost:
+        """Do one step.
+
+        Raises:
+            DeviceError: NON_FINITE_LOSS; nothing was updated.
+            RuntimeError, MemoryError: from torch, for one when memory runs out.
+        """
+        inputs = {
+            name: torch.tensor(rows, device=self._device)
+            for name, rows in collate(batch, self._padding).items()
+        }
+        tokens = inputs["input_ids"].numel()
+        self._optimiser.zero_grad(set_to_none=True)
+        began = self._now()
+        loss = self._loss(inputs)
+        forward_s = self._stretch.forward(tokens, measured_s=self._now() - began)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DeviceError(
+                FailureCode.NON_FINITE_LOSS, f"the loss became {value}; lower the learning rate"
+            )
+        began = self._now()
+        self._update(loss)
+        measured_s = self._now() - began
+        backward_s = self._stretch.backward(tokens, depth=self._depth, measured_s=measured_s)
+        return StepCost(tokens, value, forward_s, backward_s)
+
+    def forget_gradients(self) -> None:
+        """Free what an interrupted step left behind."""
+        self._optimiser.zero_grad(set_to_none=True)
+
+    def _loss(self, inputs: Dict[str, Any]) -> Any:
+        """Mean cross entropy over classes, or over the tokens that follow each token."""
+        labels = inputs.pop("labels")
+        options = {} if self._attached.head else {"use_cache": False}
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            logits = self._attached.base.model(**inputs, **options).logits.float()
+        if self._attached.head:
+            return cross_entropy(logits, labels[:, 0])
+        return cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+        )
+
+    def _update(self, loss: Any) -> None:
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self._optimiser)
+        torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _run_steps(
+    step: TrainingStep, data: Sequence[Tokenised], *, request: TrainRequest, watch: Supervision
+) -> TrainingReport:
+    began = time.perf_counter()
+    generator = random.Random(request.seed)  # noqa: S311  # shuffling, no secret
+    lengths = [example.length for example in data]
+    batch_size = min(request.limits.batch_size, len(data))
+    batches = endless_batches(lengths, batch_size, generator=generator)
+    costs: List[StepCost] = []
+    slowest_s = 0.0
+    while len(costs) < request.steps:
+        if watch.cancelled():
+            raise DeviceError(FailureCode.CANCELLED, "the round was cancelled")
+        step_began_s = watch.elapsed_s()
+        if costs and step_began_s + slowest_s > request.deadline_s:
+            break
+        cost = _try_step(step, [data[row] for row in next(batches)])
+        if cost is None:
+            batch_size = _halve(batch_size)
+            batches = endless_batches(lengths, batch_size, generator=generator)
+            continue
+        costs.append(cost)
+        slowest_s = max(slowest_s, watch.elapsed_s() - step_began_s)
+        watch.on_step(len(costs), cost.loss)
+    return TrainingReport(
+        steps_done=len(costs),
+        tokens=sum(cost.tokens for cost in costs),
+        forward_s=sum(cost.forward_s for cost in costs),
+        backward_s=sum(cost.backward_s for cost in costs),
+        training_s=time.perf_counter() - began,
+        peak_memory_bytes=peak_bytes(),
+        batch_size=batch_size,
+        gradient_checkpointing=request.limits.gradient_checkpointing,
+        first_loss=costs[0].loss,
+        last_loss=costs[-1].loss,
+    )
+
+
+def _try_step(step: TrainingStep, batch: Sequence[Tokenised]) -> Optional[StepCost]:
+    """One step; None when memory ran out."""
+    try:
+        return step.run(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here, after the handler, has the traceback let go of the step's activations.
+    step.forget_gradients()
+    release_memory()
+    return None
+
+
+def _halve(batch_size: int) -> int:
+    if batch_size == 1:
+        line = "memory ran out with a single example; assign a smaller depth or shorter texts"
+        raise DeviceError(FailureCode.OUT_OF_MEMORY, line)
+    return batch_size // 2
+
+
+@contextlib.contextmanager
+def _checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
+    """Compute activations again in the backward pass instead of keeping them."""
+    if not enabled:
+        yield
+        return
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers makes the embeddings require a gradient, for the reentrant kind of checkpointing;
+    # the backward pass would then run through every frozen layer.
+    if hasattr(base.model, "_require_grads_hook"):
+        base.model.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        base.model.gradient_checkpointing_disable()
+
+
+def _autocast_dtype(device_type: str, precision: str) -> Any:
+    """Half precision on CUDA; fp16 where bf16 is asked of a GPU that lacks it."""
+    if device_type != "cuda" or precision == "fp32":
+        return None
+    if precision == "bf16" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float16
+
+
+def _grad_scaler(*, enabled: bool) -> Any:
+    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler("cuda", enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)  # torch before 2.3

@@ -1,0 +1,87 @@
+"""Finding the broker: from the settings, or by asking the server over HTTP."""
+
+from __future__ import annotations
+
+import random
+import ssl
+from urllib.parse import unquote, urlsplit
+
+import anyio
+import structlog
+
+from edge_agent.backoff import full_jitter
+from edge_agent.blobs import BlobClient
+from edge_agent.mqtt import BrokerLogin
+from edge_agent.settings import AgentSettings
+from wire_protocol.errors import ConfigError, Refused, ServerUnavailable
+from wire_protocol.messages import PROTOCOL_VERSION
+
+log = structlog.get_logger()
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 60.0
+
+
+async def find_broker(
+    settings: AgentSettings, server: BlobClient, rng: random.Random
+) -> BrokerLogin:
+    """Say where the broker is; waits for a server that is not up yet.
+
+    Raises:
+        ConfigError: the address makes no sense.
+        Refused: the server does not take this device in, and why.
+    """
+    attempt = 0
+    while True:
+        try:
+            return await find_broker_once(settings, server)
+        except ServerUnavailable as error:
+            delay_s = full_jitter(attempt, base_s=FIRST_RETRY_S, cap_s=LONGEST_RETRY_S, rng=rng)
+            log.warning("server_not_reached", error=str(error), retry_in_s=round(delay_s, 1))
+            attempt += 1
+            await anyio.sleep(delay_s)
+
+
+async def find_broker_once(settings: AgentSettings, server: BlobClient) -> BrokerLogin:
+    """The same without waiting.
+
+    Raises:
+        ServerUnavailable: the server does not answer.
+    """
+    if settings.broker:
+        return login_from_url(settings.broker)
+    answer = await server.get_json(f"/v1/join?device_id={settings.device_id}")
+    if PROTOCOL_VERSION not in answer.get("protocol", ()):
+        raise Refused(
+            f"the server speaks protocol {answer.get('protocol')}, this agent {PROTOCOL_VERSION}; "
+            "update the older one"
+        )
+    if answer.get("fleet") != settings.fleet:
+        raise Refused(
+            f"the server leads fleet {answer.get('fleet')!r}, this device belongs to "
+            f"{settings.fleet!r}; set 'fleet' in the settings"
+        )
+    return login_from_url(str(answer["broker_url"]))
+
+
+def login_from_url(url: str) -> BrokerLogin:
+    """Read ``mqtt://user:password@host:port`` (or mqtts).
+
+    Raises:
+        ConfigError: no host, or a port that is no number.
+    """
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError("the broker's port is not a number; use mqtt://host:1883") from error
+    if parts.scheme not in ("mqtt", "mqtts") or not host:
+        raise ConfigError("the broker must look like mqtt://user:password@host:port")
+    tls = parts.scheme == "mqtts"
+    return BrokerLogin(
+        host=host,
+        port=port or (8883 if tls else 1883),
+        username=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+        tls=ssl.create_default_context() if tls else None,
+    )

@@ -1,0 +1,192 @@
+"""One assignment from beginning to end: fetch, admit, train, upload.
+
+A killed agent begins again where its round directory says: what was trained is
+not trained again. Raises named failures; the session decides what to say.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from edge_agent.admission import AdmissionRequest, Admitted, MemoryModel, admit
+from edge_agent.blobs import BlobClient
+from edge_agent.capability import Device, current_capability
+from edge_agent.round_directory import ASSIGNMENT_FILE, RESULT_FILE, UPDATE_FILE
+from edge_agent.settings import DatasetSettings
+from edge_agent.state_dir import StateDir, write_durably
+from edge_agent.trainer import Trainer
+from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.lora import LoraConfig
+from wire_protocol.messages import BlobRef, Progress, RoundStart, StepReport, UpdateManifest
+
+log = structlog.get_logger()
+
+DOWNLOAD_FILE = "download.json"
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What an assignment needs to be worked on.
+
+    Attributes:
+        blobs: to the server over the board's link, real or imitated.
+        provisioning: the same without imitation: a base model comes once, ahead
+            of the work, and no imitated radio should make people wait for it.
+    """
+
+    device: Device
+    state: StateDir
+    blobs: BlobClient
+    provisioning: BlobClient
+    trainer: Trainer
+
+
+async def do_round(
+    shop: Workshop, start: RoundStart, on_progress: Callable[[Progress], None]
+) -> UpdateManifest:
+    """Train one assignment and put the update into the server's blob store.
+
+    Raises:
+        DeviceError: a named failure, for the server's bookkeeping.
+        ServerUnavailable, Refused: the server does not answer, or says no.
+    """
+    round_dir = shop.state.round_dir(start.assignment_id)
+    if not (round_dir / RESULT_FILE).exists():
+        began = time.monotonic()
+        on_progress(Progress(assignment_id=start.assignment_id, phase="fetching"))
+        await _fetch(shop, start, round_dir)
+        spent_s = time.monotonic() - began + _upload_estimate_s(shop, start)
+        left_s = max(1.0, start.deadline_s - spent_s)
+        _write_assignment(shop, start, round_dir, left_s)
+        await shop.trainer.train(
+            round_dir,
+            on_progress=lambda p: on_progress(
+                Progress(
+                    assignment_id=start.assignment_id,
+                    phase="training",
+                    step=p.step,
+                    steps=p.steps,
+                    loss=p.loss,
+                )
+            ),
+        )
+    on_progress(Progress(assignment_id=start.assignment_id, phase="uploading"))
+    began = time.monotonic()
+    update = await shop.blobs.upload(round_dir / UPDATE_FILE)
+    return _manifest(shop, start, round_dir, update=update, upload_s=time.monotonic() - began)
+
+
+async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
+    """Bring the base model and the global adapter here; note what that took."""
+    round_dir.mkdir(parents=True, exist_ok=True)
+    await shop.provisioning.fetch_model(start.model_digest, shop.state.cache)
+    target = shop.state.blobs / start.adapter.sha256
+    was_here = target.exists()
+    began = time.monotonic()
+    await shop.blobs.download(start.adapter.sha256, start.adapter.size_bytes, target)
+    spent = {
+        "download_s": 0.0 if was_here else time.monotonic() - began,
+        "download_bytes": 0 if was_here else start.adapter.size_bytes,
+    }
+    write_durably(round_dir / DOWNLOAD_FILE, json.dumps(spent).encode())
+
+
+def _write_assignment(
+    shop: Workshop, start: RoundStart, round_dir: Path, deadline_s: float
+) -> None:
+    device = shop.device
+    dataset = _dataset(shop, start.recipe.dataset)
+    admitted = _admit(shop, start)
+    if admitted.reason:
+        log.info("assignment_admitted", assignment_id=start.assignment_id, why=admitted.reason)
+    ranks = LoraConfig.top(admitted.depth, start.ranks).ranks
+    emulation = device.emulation
+    request = {
+        "assignment_id": start.assignment_id,
+        "round_number": start.round_number,
+        "model_dir": str(shop.state.models / start.model_digest),
+        "adapter_file": str(shop.state.blobs / start.adapter.sha256),
+        "ranks": ranks,
+        "steps": start.steps,
+        "deadline_s": deadline_s,
+        "seed": start.seed,
+        "recipe": start.recipe.model_dump(mode="json"),
+        "dataset": {
+            "path": str(dataset.path),
+            "columns": {
+                "text": dataset.text,
+                "text_pair": dataset.text_pair,
+                "label": dataset.label,
+            },
+        },
+        "batch_size": admitted.batch_size,
+        "gradient_checkpointing": admitted.gradient_checkpointing,
+        "precision": device.precision,
+        "threads": device.settings.threads,
+        "memory_limit_bytes": None if emulation else device.memory_budget_bytes(),
+        "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
+    }
+    write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode())
+
+
+def _upload_estimate_s(shop: Workshop, start: RoundStart) -> float:
+    """Time to keep for the upload, so that stopping in time means arriving in time."""
+    link = current_capability(shop.device, shop.state).link
+    if link is None:
+        return 0.0
+    return start.adapter.size_bytes / link.up_bytes_per_s + 4 * link.round_trip_s
+
+
+def _dataset(shop: Workshop, name: str) -> DatasetSettings:
+    datasets = shop.device.settings.datasets
+    if name not in datasets:
+        known = ", ".join(sorted(datasets)) or "none"
+        line = f"this device has no dataset {name!r} in its settings (known: {known})"
+        raise DeviceError(FailureCode.UNKNOWN_DATASET, line)
+    return datasets[name]
+
+
+def _admit(shop: Workshop, start: RoundStart) -> Admitted:
+    """Fit the assignment into this device's memory; unmeasured devices try as told."""
+    recipe = start.recipe
+    compute = current_capability(shop.device, shop.state).compute
+    if compute is None or compute.model_digest != start.model_digest:
+        return Admitted(
+            batch_size=recipe.batch_size,
+            gradient_checkpointing=False,
+            depth=start.lora.depth,
+            reason="not measured yet",
+        )
+    request = AdmissionRequest(start.lora, recipe.batch_size, recipe.max_tokens)
+    budget_bytes = shop.device.memory_budget_bytes()
+    return admit(request, MemoryModel.of(compute), budget_bytes=budget_bytes)
+
+
+def _manifest(
+    shop: Workshop, start: RoundStart, round_dir: Path, *, update: BlobRef, upload_s: float
+) -> UpdateManifest:
+    try:
+        result = json.loads((round_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        spent = json.loads((round_dir / DOWNLOAD_FILE).read_text(encoding="utf-8"))
+        return UpdateManifest(
+            run_id=start.run_id,
+            round_number=start.round_number,
+            assignment_id=start.assignment_id,
+            base_sha256=start.adapter.sha256,
+            ranks=tuple(result["ranks"]),
+            update=update,
+            examples=result["examples"],
+            report=StepReport.model_validate({**result["report"], **spent, "upload_s": upload_s}),
+            emulated=shop.device.emulation.label if shop.device.emulation else None,
+        )
+    except (OSError, KeyError, ValueError) as error:
+        shutil.rmtree(round_dir, ignore_errors=True)
+        line = f"the trainer's result is unreadable, the round was thrown away: {error}"
+        raise DeviceError(FailureCode.INTERNAL, line) from error

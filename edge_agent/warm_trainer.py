@@ -1,0 +1,155 @@
+"""The trainer child's work: rounds and benchmarks, with everything loaded kept warm.
+
+Joins the round directory to the recipe. Imports torch; the protocol with the agent's shell is
+``trainer_child``'s business. Valid on Python 3.8.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_agent.base_model import BaseModel, load_base_model
+from edge_agent.dataset import Tokenised
+from edge_agent.finetune import Outcome, Supervision, prepare_data, train
+from edge_agent.peak_memory import is_out_of_memory, limit_memory, release_memory
+from edge_agent.probe import ProbeRequest, benchmark
+from edge_agent.round_directory import (
+    BENCHMARK_RESULT_FILE,
+    TrainRequest,
+    read_request,
+    write_result,
+    write_whole,
+)
+from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
+from wire_protocol.tensors import decode, encode
+
+
+class WarmTrainer:
+    """Does one thing at a time; the base model and the tokenised data stay for the next."""
+
+    def __init__(self) -> None:
+        self._base: BaseModel | None = None
+        self._base_key: tuple[object, ...] = ()
+        self._data: list[Tokenised] = []
+        self._data_key: tuple[object, ...] = ()
+
+    def train(self, round_dir: Path, supervision: Supervision) -> int:
+        """Do one assignment; its update and result lie in the round directory then.
+
+        Returns:
+            The steps done.
+
+        Raises:
+            DeviceError: this device cannot do it; the code says why.
+        """
+        request = read_request(round_dir)
+        torch.set_num_threads(request.limits.threads)
+        limit_memory(None)
+        try:
+            adapter = decode(_read(request.adapter_file))
+            base = self._base_model(
+                request.model_dir, request.recipe.task, request.recipe.label_count
+            )
+            data = self._tokenised(base, request)
+            # Not before: the tokenizer aborts the process where torch would raise.
+            limit_memory(request.limits.memory_limit_bytes)
+            outcome = train(base, data, adapter=adapter, request=request, supervision=supervision)
+        except ProtocolError as error:
+            line = f"the global adapter does not fit: {error}"
+            raise DeviceError(FailureCode.UNSUPPORTED_MODEL, line) from error
+        write_result(
+            round_dir,
+            _encoded(outcome, request),
+            examples=outcome.examples,
+            ranks=outcome.ranks,
+            report=outcome.report,
+        )
+        return outcome.report.steps_done
+
+    def benchmark(self, request_file: Path, on_step: Callable[[int, str], object]) -> None:
+        """Measure a base model; the result lies next to the request then.
+
+        Raises:
+            DeviceError: this device cannot do it; the code says why.
+        """
+        value = json.loads(_read(request_file))
+        request = _probe_request(value)
+        torch.set_num_threads(request.threads)
+        limit_memory(None)
+        base = self._base_model(Path(value["model_dir"]), value["task"], int(value["label_count"]))
+        limit_memory(request.memory_limit_bytes)
+        result = benchmark(base, request, on_step=on_step)
+        write_whole(request_file.with_name(BENCHMARK_RESULT_FILE), json.dumps(result).encode())
+
+    def _base_model(self, model_dir: Path, task: str, label_count: int) -> BaseModel:
+        key = (model_dir, task, label_count)
+        if self._base is None or self._base_key != key:
+            self._base, self._data_key, self._data = None, (), []
+            release_memory()
+            self._base, self._base_key = load_base_model(model_dir, task, label_count), key
+        return self._base
+
+    def _tokenised(self, base: BaseModel, request: TrainRequest) -> list[Tokenised]:
+        recipe = request.recipe
+        try:
+            state = request.dataset_file.stat()
+            stamp: tuple[object, ...] = (state.st_mtime_ns, state.st_size)
+        except OSError:
+            stamp = ()  # loading says what is wrong with the file
+        key = (request.dataset_file, *stamp, request.columns, recipe.labels, recipe.max_tokens)
+        if key != self._data_key:
+            self._data = prepare_data(
+                base, request.dataset_file, columns=request.columns, recipe=recipe
+            )
+            self._data_key = key
+        return self._data
+
+
+def failure_of(error: BaseException) -> DeviceError:
+    """The named failure behind any exception that ended a command."""
+    if isinstance(error, DeviceError):
+        return error
+    if is_out_of_memory(error):
+        return DeviceError(FailureCode.OUT_OF_MEMORY, f"memory ran out: {_line(error)}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        line = "the disk of the state directory is full; free some space"
+        return DeviceError(FailureCode.DISK_FULL, line)
+    return DeviceError(FailureCode.INTERNAL, f"{type(error).__name__}: {_line(error)}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DeviceError(FailureCode.MISSING_FILE, f"{path} does not exist") from error
+
+
+def _encoded(outcome: Outcome, request: TrainRequest) -> bytes:
+    try:
+        return encode(outcome.delta, request.recipe.codec)
+    except ProtocolError as error:
+        line = f"the update cannot be sent: {error}; lower the learning rate"
+        raise DeviceError(FailureCode.NON_FINITE_LOSS, line) from error
+
+
+def _probe_request(value: Mapping[str, Any]) -> ProbeRequest:
+    return ProbeRequest(
+        max_tokens=int(value["max_tokens"]),
+        batch_size=int(value["batch_size"]),
+        threads=int(value["threads"]),
+        precision=value["precision"],
+        flops_per_s=(value.get("stretch") or {}).get("flops_per_s"),
+        onnx=bool(value["onnx"]),
+        work_dir=Path(value["work_dir"]),
+        memory_limit_bytes=value.get("memory_limit_bytes"),
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
