@@ -1,0 +1,134 @@
+"""The server put together: the only module that knows every part."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import anyio
+import structlog
+import uvicorn
+from anyio.abc import TaskGroup
+
+from broker_server.api import make_api
+from broker_server.blobs import BlobStore
+from broker_server.broker import BrokerLauncher, open_broker
+from broker_server.mqtt import ServerLink
+from broker_server.server import Server
+from broker_server.server_state import ServerState
+from broker_server.settings import ServerSettings
+from broker_server.store import Store
+from wire_protocol.errors import BrokerUnavailable, ConfigError
+
+log = structlog.get_logger()
+
+BROKER_CHECK_S = 2.0
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, with signals left to the program around it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Run the server until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a port is taken, the broker's program is missing, ...
+        AlreadyRunning: another server holds the state directory.
+        BrokerUnavailable: the broker does not answer.
+    """
+    state = ServerState(settings.state_dir)
+    with state.locked():
+        listener = _listen(settings)
+        launcher = open_broker(
+            settings.broker.url or settings.broker.kind,
+            state_dir=settings.state_dir,
+            host=settings.broker.host,
+            port=settings.broker.port or None,
+        )
+        address = await anyio.to_thread.run_sync(launcher.start)
+        store = Store(settings.database) if settings.database else Store.in_folder(state.root)
+        try:
+            link = ServerLink(
+                address,
+                fleet=settings.fleet,
+                epoch=state.next_epoch(),
+                tls=address.ssl_context(),
+            )
+            async with link:
+                server = Server(settings, state, store, BlobStore(state.blobs), address, link)
+                try:
+                    await _run(server, launcher, listener)
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await server.evaluator.close()
+        finally:
+            store.close()
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(launcher.stop)
+
+
+async def _run(server: Server, launcher: BrokerLauncher, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        make_api(server), log_config=None, access_log=False, timeout_graceful_shutdown=2
+    )
+    http = _HttpServer(config)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(server.pump, name="broker messages")
+        tasks.start_soon(server.watch_leases, name="leases")
+        tasks.start_soon(server.work_through_runs, name="runs")
+        tasks.start_soon(_keep_broker, launcher, name="broker child")
+        tasks.start_soon(_stop_on_signal, http, tasks, name="signals")
+        tasks.start_soon(_announce, http, server, listener, name="announce")
+        await http.serve(sockets=[listener])
+        tasks.cancel_scope.cancel()
+
+
+async def _announce(http: _HttpServer, server: Server, listener: socket.socket) -> None:
+    while not http.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
+        await anyio.sleep(0.02)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+    server.state.announce(url)
+    log.info("server_ready", url=url, broker=server.broker.url)
+
+
+async def _keep_broker(launcher: BrokerLauncher) -> None:
+    """Start the broker again when it died; its port and passwords stay."""
+    while True:
+        await anyio.sleep(BROKER_CHECK_S)
+        if not launcher.running:
+            log.error("broker_died")
+            try:
+                await anyio.to_thread.run_sync(launcher.start)
+            except (BrokerUnavailable, ConfigError) as error:
+                log.error("broker_not_restarted", error=str(error))
+
+
+async def _stop_on_signal(http: _HttpServer, tasks: TaskGroup) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for received in signals:
+            log.info("server_stopping", signal=received.name)
+            http.should_exit = True
+            with anyio.move_on_after(5):
+                await anyio.sleep_forever()
+            tasks.cancel_scope.cancel()
+            return
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Bind now, so that a taken port is an error before anything is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "stop the other program or set another 'port'"
+        ) from error

@@ -1,0 +1,202 @@
+"""Every device that the server knows: who is online, and what each one can do.
+
+A plain data structure: messages and time come in, changes come out. Liveness is
+a lease that every heartbeat renews; a closed connection or a Last Will ends it
+at once. A death that is older than the last birth is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from broker_server.strategies import (
+    CapacityEstimate,
+    DeviceCapacity,
+    RoundTimes,
+    device_capacity,
+    observe,
+)
+from wire_protocol.messages import Birth, CapabilityProfile, Heartbeat, UpdateManifest
+
+MISSED_HEARTBEATS = 3
+"""A lease lasts this many heartbeat intervals."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A device is online, or said something new about itself."""
+
+    device_id: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A device is gone."""
+
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NeedsRebirth:
+    """Somebody speaks whom we do not know, or not under this session number."""
+
+    device_id: str
+
+
+Change = Joined | Left | NeedsRebirth
+
+
+@dataclass
+class DeviceRecord:
+    """What the server knows about one device; times on its monotonic clock."""
+
+    birth: Birth
+    sid: int
+    capability: CapabilityProfile
+    last_seen: float
+    online: bool = True
+    busy_with: str | None = None
+    note: str = ""
+    estimate: CapacityEstimate | None = None
+
+    @property
+    def lease_s(self) -> float:
+        """How long silence is believed."""
+        return MISSED_HEARTBEATS * self.birth.heartbeat_s
+
+
+class Fleet:
+    """The registry of devices."""
+
+    def __init__(self) -> None:
+        self.devices: dict[str, DeviceRecord] = {}
+
+    def restore(self, device_id: str, sid: int, birth: Birth, now: float) -> None:
+        """Remember a device from before a restart: offline until it speaks."""
+        self.devices[device_id] = DeviceRecord(
+            birth, sid, birth.capability, last_seen=now, online=False
+        )
+
+    def born(self, device_id: str, sid: int, birth: Birth, now: float) -> list[Change]:
+        """A device introduces itself."""
+        known = self.devices.get(device_id)
+        if known and sid < known.sid:
+            return []
+        record = DeviceRecord(birth, sid, birth.capability, last_seen=now)
+        same_power = known and known.capability.fingerprint == birth.capability.fingerprint
+        if known and same_power:
+            record.estimate = known.estimate
+        self.devices[device_id] = record
+        return [Joined(device_id)]
+
+    def heartbeat(self, device_id: str, sid: int, heartbeat: Heartbeat, now: float) -> list[Change]:
+        """A device is still there."""
+        known = self.devices.get(device_id)
+        if known is None or sid != known.sid:
+            return [NeedsRebirth(device_id)]
+        known.last_seen = now
+        known.busy_with = heartbeat.busy_with
+        if known.online:
+            return []
+        known.online = True
+        return [Joined(device_id)]
+
+    def said_offline(self, device_id: str, sid: int) -> list[Change]:
+        """A goodbye or a Last Will; one from before the last birth means nothing."""
+        known = self.devices.get(device_id)
+        if known is None or sid < known.sid or not known.online:
+            return []
+        known.online = False
+        return [Left(device_id, "its connection closed")]
+
+    def measured(self, device_id: str, capability: CapabilityProfile) -> list[Change]:
+        """A benchmark ran; what was estimated before it no longer holds."""
+        known = self.devices.get(device_id)
+        if known is None:
+            return [NeedsRebirth(device_id)]
+        known.capability = capability
+        known.estimate = None
+        return [Joined(device_id)]
+
+    def expire(self, now: float) -> list[Change]:
+        """End every lease that ran out."""
+        changes: list[Change] = []
+        for device_id, known in self.devices.items():
+            if known.online and now >= known.last_seen + known.lease_s:
+                known.online = False
+                silence_s = now - known.last_seen
+                changes.append(Left(device_id, f"silent for {silence_s:.0f} s"))
+        return changes
+
+    def next_deadline(self) -> float | None:
+        """When ``expire`` will next find something."""
+        leases = [d.last_seen + d.lease_s for d in self.devices.values() if d.online]
+        return min(leases, default=None)
+
+    def learn(self, device_id: str, manifest: UpdateManifest, *, rho: float) -> None:
+        """Move the capacity estimate toward what a round really cost.
+
+        Source: arXiv:2412.20004, capacity estimation.
+        """
+        known = self.devices.get(device_id)
+        if known is None:
+            return
+        report = manifest.report
+        times = RoundTimes(
+            tokens=report.tokens,
+            layer_count=len(manifest.ranks),
+            depth=sum(rank > 0 for rank in manifest.ranks),
+            forward_s=report.forward_s,
+            backward_s=report.backward_s,
+            downloaded_bytes=report.download_bytes,
+            download_s=report.download_s,
+            uploaded_bytes=manifest.update.size_bytes,
+            upload_s=report.upload_s,
+        )
+        estimate = known.estimate or _estimate_from(known.capability)
+        known.estimate = observe(estimate, times.measurement(), rho=rho).estimate
+
+    def capacity(
+        self, device_id: str, *, model_digest: str, dataset: str, labels: Collection[str]
+    ) -> tuple[DeviceCapacity | None, str]:
+        """What a device can do in a run.
+
+        Returns:
+            The capacity, or None; and why it cannot take part, empty when it
+            only has to measure itself first.
+        """
+        known = self.devices[device_id]
+        report = known.birth.datasets.get(dataset)
+        if report is None:
+            has = ", ".join(sorted(known.birth.datasets)) or "none"
+            return None, f"has no dataset {dataset!r} (it has: {has})"
+        if report.examples == 0:
+            return None, f"its dataset {dataset!r} is empty or unreadable"
+        if labels and (unknown := sorted(set(report.labels) - set(labels))):
+            return None, f"its dataset has labels that the run does not know: {unknown[:5]}"
+        compute = known.capability.compute
+        if compute is None or compute.model_digest != model_digest or not known.capability.link:
+            return None, ""
+        capacity = device_capacity(
+            known.estimate or _estimate_from(known.capability),
+            device_id=device_id,
+            memory_budget_bytes=known.capability.memory_budget_bytes,
+            examples=report.examples,
+        )
+        return capacity, ""
+
+
+def _estimate_from(capability: CapabilityProfile) -> CapacityEstimate:
+    compute, link = capability.compute, capability.link
+    return CapacityEstimate(
+        forward_s_per_token_layer=compute.forward_seconds_per_token_layer if compute else None,
+        backward_s_per_token_layer=compute.backward_seconds_per_token_layer if compute else None,
+        up_bytes_per_s=link.up_bytes_per_s if link else None,
+        down_bytes_per_s=link.down_bytes_per_s if link else None,
+        round_trip_s=link.round_trip_s if link else None,
+        memory_base_bytes=compute.memory_base_bytes if compute else None,
+        memory_bytes_per_token=compute.memory_bytes_per_token if compute else None,
+        memory_bytes_per_token_layer=compute.memory_bytes_per_token_layer if compute else None,
+    )

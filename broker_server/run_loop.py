@@ -1,0 +1,299 @@
+"""Carries out what a run's coordinator decides: the shell around one run.
+
+One loop with a clock. Slow work (checking, aggregating, evaluating) runs beside
+it and comes back as an event. ``SaveCheckpoint`` and ``RecordUpdate`` are done
+where they stand in the list of actions, so what follows them is true.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from broker_server import run_events as events
+from broker_server.blobs import BlobStore
+from broker_server.coordinator import Coordinator
+from broker_server.evaluator import Evaluator
+from broker_server.export import AdapterCard, export_adapter
+from broker_server.run_folder import ADAPTER_FOLDER
+from broker_server.run_state import RunStatus
+from broker_server.store import Store
+from wire_protocol.errors import LegendError, ProtocolError
+from wire_protocol.lora import Codec
+from wire_protocol.messages import (
+    Ack,
+    Benchmark,
+    BlobRef,
+    Command,
+    Progress,
+    RoundCancel,
+    UpdateManifest,
+)
+from wire_protocol.model_family import ModelShape, adapter_shapes
+from wire_protocol.tensors import check_shapes, decode, encode
+
+log = structlog.get_logger()
+
+
+class Post(Protocol):
+    """Sends messages to one device."""
+
+    def command(self, device_id: str, command: Command) -> str:
+        """Send a command; returns its message id."""
+
+    def ack(self, device_id: str, ack: Ack) -> None:
+        """Answer a message."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What stays the same during a run, besides the plan."""
+
+    run_id: str
+    name: str
+    model_dir: Path
+    model_name: str
+    model_shape: ModelShape
+    labels: tuple[str, ...]
+
+
+@dataclass
+class LiveMember:
+    """What a device last said about its assignment, for people."""
+
+    phase: str = "assigned"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+
+
+@dataclass
+class RunLoop:
+    """One run while it runs.
+
+    Args:
+        context: names and shapes.
+        coordinator: decides.
+        folder: where the results go.
+        on_report: told about every accepted update, to learn capacities from.
+        on_commit: told about every committed round.
+    """
+
+    context: RunContext
+    coordinator: Coordinator
+    store: Store
+    blobs: BlobStore
+    evaluator: Evaluator
+    folder: Path
+    post: Post
+    on_report: Callable[[str, UpdateManifest], None]
+    on_commit: Callable[[str], Awaitable[None]]
+    commands: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Message id of every open command -> (device, assignment)."""
+    live: dict[str, LiveMember] = field(default_factory=dict)
+    ended: tuple[RunStatus, str] | None = None
+
+    def __post_init__(self) -> None:
+        self._send, self._receive = anyio.create_memory_object_stream[events.Event](1024)
+
+    def feed(self, event: events.Event) -> None:
+        """Queue an event for the loop; called from the event loop only."""
+        self._send.send_nowait(event)
+
+    def progress(self, device_id: str, progress: Progress) -> None:
+        """Show what a device does; no decision depends on it."""
+        self.live[device_id] = LiveMember(
+            progress.phase, progress.step, progress.steps, progress.loss
+        )
+
+    async def run(self) -> tuple[RunStatus, str]:
+        """Drive the run to its end."""
+        self.feed(events.RunStarted())
+        ended: tuple[RunStatus, str] | None = None
+        async with anyio.create_task_group() as tasks:
+            while ended is None:
+                event: events.Event = events.Tick()
+                deadline = self.coordinator.next_deadline()
+                patience_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                with anyio.move_on_after(patience_s):
+                    event = await self._receive.receive()
+                for action in self.coordinator.handle(event, time.monotonic()):
+                    await self._carry_out(action, tasks)
+                ended = self.ended
+            tasks.cancel_scope.cancel()
+        return ended or (RunStatus.FAILED, "the run's loop ended without a decision")
+
+    async def _carry_out(self, action: events.Action, tasks: TaskGroup) -> None:
+        match action:
+            case events.MeasureDevice():
+                digest = self.coordinator.plan.model_digest
+                self.post.command(action.device_id, Command(command=Benchmark(model_digest=digest)))
+            case events.SendAssignment():
+                start = action.start
+                message_id = self.post.command(action.device_id, Command(command=start))
+                self.commands[message_id] = (action.device_id, start.assignment_id)
+                self.live.setdefault(action.device_id, LiveMember())
+            case events.CancelAssignment():
+                cancel = RoundCancel(assignment_id=action.assignment_id, reason=action.reason[:500])
+                self.post.command(action.device_id, Command(command=cancel))
+            case events.CheckUpdate():
+                tasks.start_soon(self._check, action, name="check update")
+            case events.RecordUpdate():
+                self._record(action)
+            case events.Acknowledge():
+                self._acknowledge(action)
+            case events.AggregateRound():
+                tasks.start_soon(self._aggregate, action, name="aggregate")
+            case events.EvaluateAdapter():
+                tasks.start_soon(self._evaluate, action, name="evaluate")
+            case events.SaveCheckpoint():
+                await self._save(action)
+            case events.FinishRun():
+                self.ended = (action.status, action.reason)
+
+    def command_answered(self, ack: Ack) -> None:
+        """A device answered one of our commands."""
+        device_id, assignment_id = self.commands.pop(ack.re, ("", ""))
+        if not device_id:
+            return
+        if ack.status == "ok":
+            self.feed(events.AssignmentAccepted(device_id, assignment_id))
+        elif ack.status == "rejected":
+            self.feed(events.AssignmentFailed(device_id, assignment_id, ack.code, ack.detail))
+
+    def _acknowledge(self, action: events.Acknowledge) -> None:
+        if action.status == "rejected":
+            log.warning(
+                "update_rejected",
+                device_id=action.device_id,
+                code=action.code,
+                detail=action.detail,
+            )
+        ack = Ack(
+            re=action.message_id,
+            status="ok" if action.status == "ok" else "rejected",
+            code=action.code,
+            detail=action.detail[:500],
+        )
+        self.post.ack(action.device_id, ack)
+
+    def _record(self, action: events.RecordUpdate) -> None:
+        manifest = action.manifest
+        self.store.record_update(
+            manifest.run_id, manifest.round_number, action.device_id, manifest.model_dump_json()
+        )
+        self.on_report(action.device_id, manifest)
+        self.live[action.device_id] = LiveMember(
+            "updated",
+            manifest.report.steps_done,
+            manifest.report.steps_done,
+            manifest.report.last_loss,
+        )
+        log.info(
+            "update_accepted",
+            device_id=action.device_id,
+            round_number=manifest.round_number,
+            size_bytes=manifest.update.size_bytes,
+        )
+
+    # Slow work, beside the loop
+
+    async def _check(self, action: events.CheckUpdate) -> None:
+        problem = await anyio.to_thread.run_sync(self._problem_with, action.manifest)
+        self.feed(
+            events.UpdateChecked(action.device_id, action.message_id, action.manifest, problem)
+        )
+
+    def _problem_with(self, manifest: UpdateManifest) -> str | None:
+        """Compare the update's bytes with what was trained; None when all is well."""
+        expected = adapter_shapes(
+            self.context.model_shape, manifest.ranks, len(self.context.labels)
+        )
+        try:
+            data = self.blobs.read(manifest.update.sha256)
+            if len(data) != manifest.update.size_bytes:
+                return f"blob has {len(data)} bytes, the manifest says {manifest.update.size_bytes}"
+            check_shapes(decode(data), expected)
+        except ProtocolError as error:
+            return str(error)
+        return None
+
+    async def _aggregate(self, action: events.AggregateRound) -> None:
+        try:
+            adapter = await anyio.to_thread.run_sync(self._new_adapter, action)
+        except (LegendError, OSError, MemoryError) as error:
+            log.exception("aggregation_failed", round_number=action.round_number)
+            self.feed(events.StepBroke(f"aggregation failed: {error}"))
+            return
+        self.feed(events.RoundAggregated(adapter))
+
+    def _new_adapter(self, action: events.AggregateRound) -> BlobRef:
+        aggregation = self.coordinator.strategy.begin(decode(self.blobs.read(action.base.sha256)))
+        for update in action.updates:
+            manifest = update.manifest
+            aggregation.add(
+                update.device_id,
+                decode(self.blobs.read(manifest.update.sha256)),
+                weight=float(manifest.examples),
+                steps=manifest.report.steps_done,
+            )
+        data = encode(aggregation.result(), Codec.FP32)
+        return BlobRef(sha256=self.blobs.put(data), size_bytes=len(data))
+
+    async def _evaluate(self, action: events.EvaluateAdapter) -> None:
+        export = functools.partial(self._export, action.adapter, action.round_number)
+        try:
+            folder = await anyio.to_thread.run_sync(export)
+            result = await self.evaluator.evaluate(folder)
+        except LegendError as error:
+            self.feed(events.StepBroke(f"evaluation failed: {error}"))
+            return
+        self.feed(events.AdapterEvaluated(result.accuracy, result.loss))
+
+    def _export(self, adapter: BlobRef, round_number: int) -> Path:
+        """Write the adapter as a PEFT folder: what is evaluated is what is delivered."""
+        card = AdapterCard(
+            title=f"{self.context.name}, round {round_number}",
+            base_model=self.context.model_name,
+            labels=self.context.labels,
+            metrics={"round": round_number},
+        )
+        tensors = decode(self.blobs.read(adapter.sha256))
+        folder = self.folder / ADAPTER_FOLDER
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_adapter(tensors, self.context.model_dir, folder, card=card)
+        return folder
+
+    async def _save(self, action: events.SaveCheckpoint) -> None:
+        result = action.result
+        baseline = action.baseline
+        self.store.save_checkpoint(
+            self.context.run_id,
+            action.checkpoint.model_dump_json(),
+            baseline=json.dumps(asdict(baseline)) if baseline else None,
+            result=None if result is None else (result.round, result.model_dump_json()),
+        )
+        if result is not None:
+            log.info(
+                "round_committed",
+                round_number=result.round,
+                accuracy=round(result.accuracy, 4),
+                duration_s=round(result.duration_s, 2),
+            )
+            await self.on_commit(self.context.run_id)
+        self.live.clear()
+
+
+def new_message_id() -> str:
+    """An id for one logical message."""
+    return uuid.uuid4().hex

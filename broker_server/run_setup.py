@@ -1,0 +1,129 @@
+"""From a stored run to its plan: everything that is worked out before round 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from broker_server.blobs import BlobStore
+from broker_server.run_spec import RunSpec
+from broker_server.run_state import RunCheckpoint, RunPlan
+from broker_server.strategies import RunShape, Strategy, strategy_named
+from wire_protocol.errors import ConfigError
+from wire_protocol.initial_adapter import initial_adapter
+from wire_protocol.lora import Codec
+from wire_protocol.messages import BlobRef, TrainingRecipe
+from wire_protocol.model_family import FAMILIES, ModelShape, adapter_shapes
+from wire_protocol.tensors import encode
+
+BYTES_PER_VALUE = {Codec.FP32: 4.0, Codec.FP16: 2.0, Codec.INT8: 1.05}
+"""int8 carries one float32 scale per row, about five per cent at our shapes."""
+
+TYPICAL_FILL = 0.5
+"""Share of ``max_tokens`` that texts are taken to fill until a round measured it."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a coordinator is made of."""
+
+    plan: RunPlan
+    strategy: Strategy
+    checkpoint: RunCheckpoint
+
+
+def check_run(spec: RunSpec, shape: ModelShape) -> Strategy:
+    """Refuse what can be known to be wrong before anything starts.
+
+    Raises:
+        ConfigError: the task does not fit the model, labels are missing, or
+            the strategy's options are wrong.
+    """
+    task = FAMILIES[shape.family].task
+    if task != spec.task:
+        raise ConfigError(
+            f"base model {spec.model!r} is a {shape.family}, which does {task}, not {spec.task}"
+        )
+    if spec.task == "classification" and len(spec.labels) < 2:
+        raise ConfigError("classification needs at least two labels; list them under 'labels'")
+    strategy = strategy_named(spec.strategy, spec.strategy_options)
+    strategy.global_ranks(run_shape(spec, shape))
+    return strategy
+
+
+def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
+    """Sizes that the strategies reckon with."""
+    labels = len(spec.labels) if spec.task == "classification" else 0
+    sizes = adapter_shapes(shape, (1,) * shape.layer_count, labels)
+    per_layer = [
+        sum(math.prod(size) for name, size in sizes.items() if name.startswith(f"layers.{layer}."))
+        for layer in range(shape.layer_count)
+    ]
+    head = sum(math.prod(size) for name, size in sizes.items() if name.startswith("head."))
+    peak = spec.batch_size * spec.max_tokens
+    return RunShape(
+        layer_count=shape.layer_count,
+        values_per_rank=tuple(per_layer),
+        head_values=head,
+        tokens_per_step=peak * TYPICAL_FILL,
+        peak_tokens_per_step=peak,
+        steps=spec.local_steps,
+        bytes_per_value_up=BYTES_PER_VALUE[spec.codec],
+        bytes_per_value_down=BYTES_PER_VALUE[Codec.FP32],
+    )
+
+
+def prepare_run(
+    run_id: str,
+    spec: RunSpec,
+    *,
+    shape: ModelShape,
+    digest: str,
+    blobs: BlobStore,
+    checkpoint: str | None,
+) -> PreparedRun:
+    """Build plan and strategy, and the first checkpoint unless there is one.
+
+    Raises:
+        ConfigError: see ``check_run``.
+    """
+    strategy = check_run(spec, shape)
+    sizes = run_shape(spec, shape)
+    labels: Sequence[str] = spec.labels if spec.task == "classification" else ()
+    recipe = TrainingRecipe(
+        task=spec.task,
+        dataset=spec.dataset,
+        labels=tuple(labels),
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        head_learning_rate=spec.head_learning_rate,
+        max_tokens=spec.max_tokens,
+        codec=spec.codec,
+    )
+    plan = RunPlan(
+        run_id=run_id,
+        rounds=spec.rounds,
+        shape=sizes,
+        recipe=recipe,
+        model_digest=digest,
+        seed=spec.seed,
+        devices_per_round=spec.devices_per_round,
+        quorum=spec.quorum,
+        deadline_s=spec.deadline_s,
+        target_accuracy=spec.target_accuracy,
+    )
+    if checkpoint is not None:
+        return PreparedRun(plan, strategy, RunCheckpoint.model_validate_json(checkpoint))
+    ranks = strategy.global_ranks(sizes)
+    first = initial_adapter(shape, ranks, label_count=len(labels), seed=spec.seed)
+    data = encode(first, Codec.FP32)
+    adapter = BlobRef(sha256=blobs.put(data), size_bytes=len(data))
+    start = RunCheckpoint(
+        round_number=0,
+        attempt=0,
+        adapter=adapter,
+        baseline_done=False,
+        tokens_per_step=sizes.tokens_per_step,
+    )
+    return PreparedRun(plan, strategy, start)

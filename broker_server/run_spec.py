@@ -1,0 +1,291 @@
+"""What a person writes to start a run, and what the server accepts for it.
+
+Two specifications share every key but one: in a YAML file ``evaluation`` names
+a local held-out file (``LocalRunSpec``), at the server it names bytes that were
+uploaded before (``RunSpec``). Knows files and their formats; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+)
+
+from wire_protocol.errors import ConfigError
+from wire_protocol.lora import Codec
+from wire_protocol.messages import Count, Sha256
+from wire_protocol.records import Columns, Example, parse_rows, to_examples
+
+Name = Annotated[str, Field(min_length=1, max_length=80)]
+
+
+class _Strict(BaseModel):
+    """A misspelled key must stop us; YAML reads a label 0 as a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class LocalEvaluation(_Strict):
+    """A held-out file on this machine and its columns."""
+
+    path: Path
+    text: Name = "text"
+    text_pair: Name | None = None
+    label: Name = "label"
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns hold what."""
+        return Columns(self.text, self.text_pair, self.label)
+
+
+class StoredEvaluation(_Strict):
+    """Held-out examples in the server's blob store, as canonical JSON lines."""
+
+    sha256: Sha256
+    size_bytes: Count
+
+
+class RunOptions(_Strict):
+    """Every key of a run except where its held-out examples are.
+
+    Attributes:
+        model: name or digest of a registered base model.
+        dataset: name that each device maps to a local file.
+        labels: classes in the order of the head; empty means the labels of
+            the held-out examples, sorted.
+        devices_per_round: size of the cohort; None means every device.
+        deadline_s: seconds a round may take; None lets the server choose.
+        quorum: share of the cohort whose updates end a round early.
+        target_accuracy: the run ends once it is reached.
+    """
+
+    name: Name
+    model: Name
+    strategy: Literal["legend", "fedlora"] = "legend"
+    strategy_options: dict[str, JsonValue] = Field(default_factory=dict)
+    task: Literal["classification", "instruction"] = "classification"
+    dataset: Name
+    labels: tuple[Name, ...] = ()
+    rounds: int = Field(default=8, ge=1, le=100_000)
+    devices_per_round: int | None = Field(default=None, ge=1)
+    local_steps: int = Field(default=10, ge=1, le=1_000_000)
+    batch_size: int = Field(default=16, ge=1, le=4096)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    head_learning_rate: float = Field(default=5e-3, gt=0, le=1)
+    max_tokens: int = Field(default=64, ge=4, le=8192)
+    codec: Codec = Codec.FP32
+    deadline_s: float | None = Field(default=None, gt=0, le=1e7)
+    quorum: float = Field(default=1.0, gt=0, le=1)
+    target_accuracy: float | None = Field(default=None, gt=0, le=1)
+    seed: Count = 0
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) != len(labels):
+            raise ValueError("a label is listed twice")
+        return labels
+
+
+class RunSpec(RunOptions):
+    """A run as the server accepts it: the body of ``POST /v1/runs``."""
+
+    evaluation: StoredEvaluation
+
+
+class LocalRunSpec(RunOptions):
+    """A run as a person writes it: the YAML file of ``legend launch``."""
+
+    evaluation: LocalEvaluation
+
+    def submitted(self, held_out: HeldOut, stored: StoredEvaluation) -> RunSpec:
+        """The same run for the server, which gets bytes instead of a path."""
+        labels = self.labels or (held_out.labels if self.task == "classification" else ())
+        rest = self.model_dump(exclude={"evaluation", "labels"})
+        return RunSpec(**rest, labels=labels, evaluation=stored)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out examples, ready to be uploaded.
+
+    Attributes:
+        content: one JSON object a line, keys text, text_pair (if any), label.
+        labels: the labels that occur, sorted.
+    """
+
+    content: bytes
+    labels: tuple[str, ...]
+
+
+_Spec = TypeVar("_Spec", RunSpec, LocalRunSpec)
+
+
+def parse_run_spec(document: Mapping[str, Any]) -> RunSpec:
+    """Check the body of ``POST /v1/runs``.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a bad value; one line.
+    """
+    return _validated(RunSpec, document)
+
+
+def load_run_spec(path: Path, overrides: Sequence[str] = ()) -> LocalRunSpec:
+    """Read a run file and apply ``key=value`` overrides to it.
+
+    Args:
+        path: a YAML file; without a ``name`` the run is called like the file.
+        overrides: values are YAML; dots reach inside (``strategy_options.rank_min=4``).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown,
+            missing or has a bad value.
+    """
+    document = _read_yaml(path)
+    document.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(document, override)
+    evaluation = document.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("path"), str):
+        local = Path(evaluation["path"]).expanduser()
+        document["evaluation"] = {**evaluation, "path": path.parent / local}
+    try:
+        return _validated(LocalRunSpec, document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_held_out(evaluation: LocalEvaluation) -> HeldOut:
+    """Convert a held-out file to canonical JSON lines.
+
+    Raises:
+        ConfigError: the file cannot be read, lacks a column or is empty.
+    """
+    path = evaluation.path
+    try:
+        examples = to_examples(read_rows(path), evaluation.columns)
+    except ConfigError as error:
+        raise ConfigError(f"held-out file {path}: {error}") from error
+    if not examples:
+        raise ConfigError(f"held-out file {path} holds no examples")
+    labels = tuple(sorted({example.label for example in examples}))
+    return HeldOut(canonical_lines(examples), labels)
+
+
+def canonical_lines(examples: Iterable[Example]) -> bytes:
+    """One JSON object a line with the keys text, text_pair (if any) and label."""
+    return "".join(_json_line(example) for example in examples).encode()
+
+
+def read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Every row of a csv, tsv, JSON lines or parquet file.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8 or of another format.
+    """
+    try:
+        if path.suffix == ".parquet":
+            return _parquet_rows(path)
+        return list(parse_rows(path.read_bytes().decode("utf-8-sig"), path.suffix))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text") from error
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not well-formed: {error}") from error
+
+
+def _parquet_rows(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 - large and optional
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow: pip install 'legend-edge[train]'") from error
+    try:
+        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ConfigError(f"{path} is not a parquet file") from error
+    return rows
+
+
+def _json_line(example: Example) -> str:
+    # Escaped to ASCII: readers split at U+2028 and U+0085 too, which JSON allows in strings.
+    fields = {"text": example.text, "text_pair": example.text_pair, "label": example.label}
+    present = {key: value for key, value in fields.items() if value is not None}
+    return json.dumps(present, separators=(",", ":")) + "\n"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read run file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} does not hold the keys of a run")
+    return document
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set needs key=value, not {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: the value is not YAML: {_one_line(error)}") from error
+    *parents, last = key.split(".")
+    place = document
+    for parent in parents:
+        child = place.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {parent} has no keys below it")
+        place = child
+    place[last] = value
+
+
+def _validated(model: type[_Spec], document: Mapping[str, Any]) -> _Spec:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(_explain(model, first["type"], first["loc"], first["msg"])) from error
+
+
+def _explain(model: type[BaseModel], kind: str, place: Sequence[int | str], message: str) -> str:
+    key = ".".join(str(part) for part in place) or "the run"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind != "extra_forbidden":
+        return f"{key}: {_one_line(message)}"
+    siblings = _keys_at(model, place[:-1])
+    near = difflib.get_close_matches(str(place[-1]), siblings, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(siblings)}"
+    return f"unknown key {key}; {hint}"
+
+
+def _keys_at(model: type[BaseModel], place: Iterable[int | str]) -> list[str]:
+    for part in place:
+        inner = model.model_fields[str(part)].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,75 @@
+"""The server's state directory: one server each, and a count of its starts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from broker_server.run_folder import write_file
+from wire_protocol.errors import AlreadyRunning, ConfigError
+
+
+class ServerState:
+    """Paths below the state directory.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.blobs, self.models, self.runs):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot use {root} as state directory: {error.strerror}") from error
+
+    @property
+    def blobs(self) -> Path:
+        """The blob store."""
+        return self.root / "blobs"
+
+    @property
+    def models(self) -> Path:
+        """Base models, one folder per digest."""
+        return self.root / "models"
+
+    @property
+    def runs(self) -> Path:
+        """Result folders, one per run."""
+        return self.root / "runs"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other servers out; the kernel lets go when the process ends.
+
+        Raises:
+            AlreadyRunning: another server holds it.
+        """
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise AlreadyRunning(
+                f"a server already uses {self.root}; stop it or choose another state_dir"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def next_epoch(self) -> int:
+        """Count this start; survives restarts."""
+        path = self.root / "epoch"
+        epoch = int(path.read_text()) + 1 if path.exists() else 1
+        write_file(path, f"{epoch}\n".encode())
+        return epoch
+
+    def announce(self, url: str) -> None:
+        """Say where the API is, once it answers."""
+        content = json.dumps({"url": url, "pid": os.getpid()})
+        write_file(self.root / "server.json", content.encode())
