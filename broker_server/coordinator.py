@@ -165,7 +165,13 @@ class Coordinator:
         return []
 
     def _advance(self, now: float) -> list[Action]:
-        """Leave the present phase when what it waits for is there."""
+        """Leave phases as long as what they wait for is there."""
+        actions: list[Action] = []
+        while step := self._next_phase(now):
+            actions += step
+        return actions
+
+    def _next_phase(self, now: float) -> list[Action]:
         if self.phase is Phase.PREPARING and self._is_prepared(now):
             return self._begin_round(now)
         if self.phase is Phase.PREPARING and now >= self._prepare_until:

@@ -227,7 +227,8 @@ def _knows(device: Json, digest: str) -> bool:
 
 def _is_under_way(run: Json) -> bool:
     """True when the server does not wait for measurements any more."""
-    return run["round_number"] > 0 or run["status"] not in ("queued", "running")
+    assigned = any(device["depth"] for device in run["live"])
+    return assigned or bool(run["rounds"]) or run["status"] not in ("queued", "running")
 
 
 def _check_adapter(folder: DemoFolder, model_dir: Path, *, expected: float) -> None:

@@ -92,6 +92,8 @@ class OpenRound:
 
     def resend(self, devices: Mapping[str, KnownDevice], now: float) -> list[Action]:
         """Assignments that an online device has not answered for too long."""
+        if now >= self.until:
+            return []
         return self.send(
             [
                 name

@@ -1,9 +1,8 @@
 """The result folder of a run: what a person opens to see how it went.
 
 Pure functions make the content; thin ones write it. The store is the truth:
-after a restart ``rewrite`` makes the folder say what the store says, so that
-a round that was appended twice or not at all does no harm. Knows no torch and
-no database.
+``rewrite`` makes the folder say what the store says, so that no line can be
+there twice or be missing. Knows no torch and no database.
 
     metrics.jsonl       one line a round, from round 0 (before any training)
     assignments.jsonl   one line a device and round
@@ -134,19 +133,6 @@ def rewrite(folder: Path, report: RunReport) -> None:
     write_summary(folder, report)
 
 
-def append_latest(folder: Path, report: RunReport) -> None:
-    """Add the newest line of the metrics and its assignments; update the summary.
-
-    Call it once after round 0 and once after every committed round.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _append(folder / METRICS_FILE, _json_lines(metrics_lines(report)[-1:]))
-    if report.rounds:
-        lines = assignment_lines(report.rounds[-1])
-        _append(folder / ASSIGNMENTS_FILE, _json_lines(lines))
-    write_summary(folder, report)
-
-
 def write_summary(folder: Path, report: RunReport) -> None:
     """Replace ``summary.json``."""
     text = json.dumps(summary(report), indent=2, ensure_ascii=False) + "\n"
@@ -179,13 +165,6 @@ def write_file(path: Path, content: bytes) -> None:
     except BaseException:
         Path(fresh).unlink(missing_ok=True)
         raise
-
-
-def _append(path: Path, content: bytes) -> None:
-    with path.open("ab") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _json_lines(lines: Iterable[object]) -> bytes:

@@ -251,7 +251,8 @@ class RunLoop:
         return BlobRef(sha256=self.blobs.put(data), size_bytes=len(data))
 
     async def _evaluate(self, action: events.EvaluateAdapter) -> None:
-        export = functools.partial(self._export, action.adapter, action.round_number)
+        metrics: dict[str, float | int | str | None] = {"round": action.round_number}
+        export = functools.partial(self._export, action.adapter, metrics)
         try:
             folder = await anyio.to_thread.run_sync(export)
             result = await self.evaluator.evaluate(folder)
@@ -260,13 +261,13 @@ class RunLoop:
             return
         self.feed(events.AdapterEvaluated(result.accuracy, result.loss))
 
-    def _export(self, adapter: BlobRef, round_number: int) -> Path:
+    def _export(self, adapter: BlobRef, metrics: dict[str, float | int | str | None]) -> Path:
         """Write the adapter as a PEFT folder: what is evaluated is what is delivered."""
         card = AdapterCard(
-            title=f"{self.context.name}, round {round_number}",
+            title=f"{self.context.name}, round {metrics['round']}",
             base_model=self.context.model_name,
             labels=self.context.labels,
-            metrics={"round": round_number},
+            metrics=metrics,
         )
         tensors = decode(self.blobs.read(adapter.sha256))
         folder = self.folder / ADAPTER_FOLDER
@@ -290,6 +291,13 @@ class RunLoop:
                 accuracy=round(result.accuracy, 4),
                 duration_s=round(result.duration_s, 2),
             )
+            metrics: dict[str, float | int | str | None] = {
+                "round": result.round,
+                "accuracy": result.accuracy,
+                "loss": result.loss,
+            }
+            export = functools.partial(self._export, action.checkpoint.adapter, metrics)
+            await anyio.to_thread.run_sync(export)
             await self.on_commit(self.context.run_id)
         self.live.clear()
 

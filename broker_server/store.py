@@ -22,7 +22,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from wire_protocol.errors import ConfigError
@@ -113,7 +113,7 @@ class Store:
             if self._engine.dialect.name == "sqlite":
                 _make_sqlite_durable(self._engine)
             Row.metadata.create_all(self._engine)
-        except (DBAPIError, ImportError, ValueError) as error:
+        except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"database {_hide_password(url)} cannot be opened: {reason}"

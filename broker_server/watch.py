@@ -38,7 +38,7 @@ Json = Mapping[str, Any]
 EXIT_CODES: Mapping[str, int] = MappingProxyType({"finished": 0, "failed": 1, "cancelled": 2})
 """Exit code of ``legend watch`` by how the run ended."""
 
-_BAR_CELLS = 10
+_BAR_CELLS = 6
 _ENDED = ("updated", "failed", "straggler")
 
 
@@ -122,13 +122,14 @@ def render_run(run: Json) -> RenderableType:
 def _live_table(run: Json) -> Table:
     numbers = ("depth", "loss", "completion", "waiting")
     table = new_table(
-        "device", "board", "state", "depth", "ranks", "step", "loss", "completion", "waiting",
+        "device", "state", "depth", "ranks", "step", "loss", "completion", "waiting",
         right=numbers,
     )  # fmt: skip
+    for column in table.columns:
+        column.no_wrap = column.header != "ranks"
     for device in run["live"]:
         table.add_row(
             device["device_id"],
-            printable(device["board"]),
             styled(device["state"]),
             str(device["depth"] or NONE),
             as_ranks(device["ranks"]),
@@ -145,7 +146,7 @@ def _detail(device: Json) -> str:
 
 
 def progress_bar(step: int, steps: int) -> str:
-    """Steps done of all, e.g. ``█████░░░░░ 5/10``."""
+    """Steps done of all, e.g. ``███░░░ 5/10``."""
     if steps <= 0:
         return NONE
     full = min(_BAR_CELLS, _BAR_CELLS * step // steps)
@@ -185,10 +186,12 @@ def describe_changes(before: Json | None, after: Json) -> list[str]:
 def _round_changes(old: Json, new: Json) -> list[str]:
     known_ends, ends = _device_ends(old), _device_ends(new)
     finished = {one["round"]: one for one in new["rounds"]}
-    announced = {one["round"] for one in old["rounds"]} | {old["round_number"]}
+    announced = {one["round"] for one in old["rounds"]}
+    announced |= {old["round_number"]} if _is_assigned(old) else set()
+    current = {new["round_number"]} if _is_assigned(new) else set()
     results = {one["round"] for one in old["rounds"]}
     lines = []
-    for number in sorted({*finished, new["round_number"], *(key[0] for key in ends)} - {0}):
+    for number in sorted({*finished, *current, *(key[0] for key in ends)}):
         if number not in announced:
             members = finished[number]["devices"] if number in finished else new["live"]
             lines.append(_start_line(number, members))
@@ -196,6 +199,11 @@ def _round_changes(old: Json, new: Json) -> list[str]:
         if number in finished and number not in results:
             lines.append(_round_line(finished[number]))
     return lines
+
+
+def _is_assigned(run: Json) -> bool:
+    """True once the devices of the open round have their LoRA configs."""
+    return any(one["depth"] for one in run["live"])
 
 
 def _device_ends(run: Json) -> dict[tuple[int, str], str]:
@@ -223,10 +231,8 @@ def _end_of_device(number: int, device: Json, status: str) -> str:
 
 
 def _start_line(number: int, members: Any) -> str:
-    depths = ", ".join(
-        f"{one['device_id']} depth {one['depth']}" for one in members if one["depth"]
-    )
-    return f"round {number} started" + (f": {depths}" if depths else "")
+    depths = (f"{one['device_id']} depth {one['depth']}" for one in members if one["depth"])
+    return f"round {number} started: {', '.join(depths)}"
 
 
 def _round_line(one: Json) -> str:

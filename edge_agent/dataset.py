@@ -18,7 +18,7 @@ from wire_protocol.records import Columns, Example, parse_rows, to_examples
 IGNORED_LABEL = -100
 """Marks tokens whose prediction does not count; PyTorch's cross entropy skips it."""
 
-MAX_LABELS = 64
+MAX_LABELS = 128
 MAX_LABEL_LENGTH = 80
 _POOL_BATCHES = 20
 

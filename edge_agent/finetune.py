@@ -16,7 +16,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -267,8 +267,8 @@ def _run_steps(
         if costs and step_began_s + slowest_s > request.deadline_s:
             break
         cost = _try_step(step, [data[row] for row in next(batches)])
-        if cost is None:
-            batch_size = _halve(batch_size)
+        if isinstance(cost, str):
+            batch_size = _halve(batch_size, reason=cost)
             batches = endless_batches(lengths, batch_size, generator=generator)
             continue
         costs.append(cost)
@@ -288,22 +288,23 @@ def _run_steps(
     )
 
 
-def _try_step(step: TrainingStep, batch: Sequence[Tokenised]) -> Optional[StepCost]:
-    """One step; None when memory ran out."""
+def _try_step(step: TrainingStep, batch: Sequence[Tokenised]) -> Union[StepCost, str]:
+    """One step; torch's words when memory ran out."""
     try:
         return step.run(batch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        words = " ".join(str(error).split())[:150] or "no words"
     # Only here, after the handler, has the traceback let go of the step's activations.
     step.forget_gradients()
     release_memory()
-    return None
+    return words
 
 
-def _halve(batch_size: int) -> int:
+def _halve(batch_size: int, *, reason: str) -> int:
     if batch_size == 1:
-        line = "memory ran out with a single example; assign a smaller depth or shorter texts"
+        line = f"memory ran out with one example ({reason}); assign less depth or shorter texts"
         raise DeviceError(FailureCode.OUT_OF_MEMORY, line)
     return batch_size // 2
 

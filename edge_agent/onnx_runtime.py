@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -109,16 +110,19 @@ class _HiddenStates(torch.nn.Module):
 
 def _export(model: Any, example: Any, path: Path) -> None:
     axes = {0: "batch", 1: "sequence"}
-    torch.onnx.export(
-        model,
-        (example, torch.ones_like(example)),
-        str(path),
-        input_names=list(_INPUTS),
-        output_names=["hidden"],
-        dynamic_axes=dict.fromkeys((*_INPUTS, "hidden"), axes),
-        opset_version=17,
-        **_tracing_exporter(),
-    )
+    with warnings.catch_warnings():
+        # torch announces its other exporter, which does not cover every family yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            model,
+            (example, torch.ones_like(example)),
+            str(path),
+            input_names=list(_INPUTS),
+            output_names=["hidden"],
+            dynamic_axes=dict.fromkeys((*_INPUTS, "hidden"), axes),
+            opset_version=17,
+            **_tracing_exporter(),
+        )
 
 
 def _tracing_exporter() -> Dict[str, Any]:

@@ -22,6 +22,7 @@ _SIGNS = (
     "not enough memory",
     "bad_alloc",
     "could not create a memory",
+    "could not create a primitive",  # oneDNN gets no memory for its generated code
     "NVML_SUCCESS",  # an assertion in torch's CUDA allocator when a Jetson's memory is used up
 )
 

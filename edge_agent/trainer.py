@@ -21,7 +21,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import edge_agent
 import wire_protocol
-from edge_agent.round_directory import BENCHMARK_RESULT_FILE, RESULT_FILE
+from edge_agent.round_directory import ASSIGNMENT_FILE, BENCHMARK_RESULT_FILE, RESULT_FILE
 from wire_protocol.errors import DeviceError, FailureCode
 
 _MAX_LINE_BYTES = 64 * 1024
@@ -95,7 +95,11 @@ class Trainer:
                 SIGKILL, TRAINER_DIED otherwise.
         """
         await self._request({"do": "train", "round_dir": str(round_dir)}, on_progress)
-        return _read_json(round_dir / RESULT_FILE)
+        result = _read_json(round_dir / RESULT_FILE)
+        wanted = min(_read_json(round_dir / ASSIGNMENT_FILE)["batch_size"], result["examples"])
+        if result["report"]["batch_size"] < wanted:
+            await self._replace()
+        return result
 
     async def benchmark(self, request_file: Path, on_progress: OnProgress) -> dict[str, Any]:
         """Measure a base model.
@@ -144,8 +148,11 @@ class Trainer:
                 if not finished:
                     with anyio.CancelScope(shield=True):
                         await self._kill()
-            if end["event"] == "failed":
-                raise DeviceError(FailureCode(end["code"]), str(end["detail"]))
+        if end["event"] == "failed":
+            code = FailureCode(end["code"])
+            if code is FailureCode.OUT_OF_MEMORY:
+                await self._replace()
+            raise DeviceError(code, str(end["detail"]))
 
     async def _exchange(self, command: dict[str, str], on_progress: OnProgress) -> dict[str, Any]:
         """Send a command and read its events up to the last one."""
@@ -225,6 +232,16 @@ class Trainer:
             FailureCode.OUT_OF_MEMORY if aborted else FailureCode.TRAINER_DIED,
             f"the trainer ended with status {code}: {last_line}",
         )
+
+    async def _replace(self) -> None:
+        """Let the next request start a fresh child.
+
+        Once memory has run out in a process, oneDNN refuses new primitives there
+        for good ("could not create a primitive"), however much is free later.
+        """
+        async with self._turn:
+            with anyio.CancelScope(shield=True):
+                await self._kill()
 
     async def _kill(self) -> None:
         process, self._process, self._events = self._process, None, None

@@ -1,0 +1,52 @@
+# Every target creates .venv and installs what it needs on first use.
+#
+#   make demo                          the main job, end to end, on this machine
+#   make test                          all tests (installs mosquitto's package if it can)
+#   make demo TORCH_BACKEND=auto       a PyTorch for this machine's GPU instead of the CPU
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast check docs clean
+
+help: ## Show the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## Create .venv with everything for demo and tests
+
+$(VENV)/.installed: pyproject.toml tools/install_torch.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py "$(TORCH)"
+	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[demo,dev]'
+	@touch $@
+
+demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
+	$(BIN)/legend demo $(DEMO_ARGS)
+
+test: venv mosquitto ## Every test
+	$(BIN)/python -m pytest
+
+test-fast: venv ## The tests that need no service and no training
+	$(BIN)/python -m pytest -m "not integration and not e2e and not train"
+
+check: venv ## Format, lint, types, import contracts, generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_cli_docs.py --check
+
+docs: venv ## Write the generated files anew
+	$(BIN)/python tools/generate_cli_docs.py
+	$(BIN)/python -m profiles.schema
+
+.PHONY: mosquitto
+mosquitto:
+	@command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || sh tools/install_mosquitto.sh
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
