@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -340,19 +339,20 @@ def _json_or_none(answer: httpx.Response) -> object:
 @contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``target`` once it is complete."""
+    fresh = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        stream = fresh.open("wb")
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror}") from error
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).replace(target)
+        fresh.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
 
 

@@ -6,7 +6,10 @@ Fetches from the server what is missing; the conversion itself is
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +45,7 @@ def export_run(api: OperatorApi, run_id: str, plan: ExportPlan) -> Iterator[str]
     yield f"adapter in {place}; load it with PeftModel.from_pretrained(base_model, {place!r})"
     if not (plan.merge or plan.onnx):
         return
+    _quieten_libraries()
     try:
         from broker_server.model_export import merge, to_onnx  # noqa: PLC0415 - needs torch
     except ImportError as error:
@@ -58,6 +62,14 @@ def export_run(api: OperatorApi, run_id: str, plan: ExportPlan) -> Iterator[str]
                 f"ONNX model in {target}: differs from torch by at most "
                 f"{check.max_abs_difference:.2g} over {check.examples} examples"
             )
+
+
+def _quieten_libraries() -> None:
+    """Keep notes that are true of every export off the screen: errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 @contextmanager

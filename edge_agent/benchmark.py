@@ -107,6 +107,7 @@ async def _measure_training(
         "threads": device.settings.threads,
         "precision": device.precision,
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
+        "memory_limit_bytes": None if emulation else device.memory_budget_bytes(),
         "onnx": device.settings.benchmark_onnx,
         "work_dir": str(state.cache),
     }

@@ -276,7 +276,7 @@ class Ack(Part):
 
 
 Body = State | Birth | Heartbeat | Event | UpdateManifest | Command | Ack
-BodyType = TypeVar("BodyType", State, Birth, Heartbeat, Event, UpdateManifest, Command, Ack)
+BodyType = TypeVar("BodyType", bound=Part)
 
 SCHEMAS: dict[type[Part], str] = {
     State: "legend.state/1",

@@ -137,9 +137,10 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def an_ok_for_a_first_update_follows_its_record(self) -> None:
         for position, action in enumerate(self.talk.said):
-            if isinstance(action, Acknowledge) and action.status == "ok" and action.code == "":
-                if action.message_id != "f":
-                    assert isinstance(self.talk.said[position - 1], RecordUpdate)
+            if not isinstance(action, Acknowledge) or action.message_id == "f":
+                continue
+            if (action.status, action.code) == ("ok", ""):
+                assert isinstance(self.talk.said[position - 1], RecordUpdate)
 
     @invariant()
     def a_run_that_waits_for_devices_says_when_to_wake_it(self) -> None:

@@ -180,7 +180,7 @@ def fake_jtop(*, fails: bool = False) -> types.ModuleType:
     """jetson-stats as its 4.x and later releases present themselves."""
     module = types.ModuleType("jtop")
 
-    class JtopException(Exception):  # noqa: N818 - the library's own name
+    class JtopException(Exception):
         pass
 
     class Jtop:

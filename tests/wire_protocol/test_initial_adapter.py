@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.errors import ConfigError
+from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.model_family import ModelShape, adapter_shapes
 from wire_protocol.tensors import check_shapes
 

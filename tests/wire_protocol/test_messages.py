@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_released_messages_are_read_for_ever(path: Path) -> None:
     kinds = {schema: kind for kind, schema in SCHEMAS.items()}
     data = path.read_bytes()
     kind = kinds[json.loads(data)["schema"]]
-    decode_message(kind, data)  # type: ignore[type-var]
+    decode_message(kind, data)
 
 
 def test_there_is_a_golden_message_of_every_schema() -> None:
@@ -72,10 +73,8 @@ def test_noise_is_a_protocol_error(data: bytes) -> None:
 def test_a_damaged_message_is_read_or_refused_but_never_crashes(place: int, value: int) -> None:
     data = bytearray(encode_message(a_birth(), message_id="m", sid=1))
     data[place % len(data)] = value
-    try:
+    with suppress(ProtocolError):
         decode_message(Birth, bytes(data))
-    except ProtocolError as error:
-        assert "\n" not in str(error)
 
 
 def test_another_schema_is_refused_by_name() -> None:
@@ -85,7 +84,8 @@ def test_another_schema_is_refused_by_name() -> None:
 
 
 def test_a_message_over_the_limit_is_neither_written_nor_read() -> None:
-    birth = a_birth(datasets={f"dataset-{n}": {"examples": 1, "labels": ["x" * 80] * 9} for n in range(99)})
+    dataset = {"examples": 1, "labels": ["x" * 80] * 9}
+    birth = a_birth(datasets={f"dataset-{number}": dataset for number in range(99)})
     with pytest.raises(ProtocolError, match="exceeds"):
         encode_message(birth, message_id="m", sid=1)
     with pytest.raises(ProtocolError, match="exceeds"):
@@ -94,9 +94,7 @@ def test_a_message_over_the_limit_is_neither_written_nor_read() -> None:
 
 @pytest.mark.parametrize("ranks", [(), (0, 0), (4, 0), (0, 4, 0, 4), (-1, 4), (4, 999)])
 def test_an_assignment_without_a_valid_lora_config_cannot_be_read(ranks: tuple[int, ...]) -> None:
-    content = json.loads(
-        encode_message(Command(command=a_round_start()), message_id="m", sid=1)
-    )
+    content = json.loads(encode_message(Command(command=a_round_start()), message_id="m", sid=1))
     content["body"]["command"]["ranks"] = ranks
     with pytest.raises(ProtocolError):
         decode_message(Command, json.dumps(content).encode())

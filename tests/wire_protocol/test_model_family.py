@@ -50,7 +50,7 @@ def test_distilbert_calls_its_sizes_by_other_names() -> None:
 
 
 def test_a_model_without_supported_layers_is_refused_with_the_list() -> None:
-    with pytest.raises(ConfigError, match="t5.*bert.*llama"):
+    with pytest.raises(ConfigError, match=r"t5.*bert.*llama"):
         model_shape({"model_type": "t5"})
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from wire_protocol.errors import ConfigError
 from wire_protocol.records import Columns, Example, parse_rows, to_examples
 
-CELLS = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=20)
+CELLS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=20)
 
 
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5))
@@ -41,7 +41,7 @@ def test_a_pair_has_two_texts() -> None:
 @pytest.mark.parametrize(
     ("content", "suffix", "words"),
     [
-        ("text\tlabel\nonly one cell\n", ".tsv", "row 1 has no column 'label'; it has: text, label"),
+        ("text\tlabel\nonly one cell\n", ".tsv", "row 1 has no column 'label'; it has: text"),
         ("{}", ".jsonl", "row 1 has no column 'text'"),
         ("[1]", ".jsonl", "line 1 is not a JSON object"),
         ("{", ".jsonl", "line 1 is not JSON"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 import pytest
+from pydantic import Field
 
 from wire_protocol.errors import ConfigError
 from wire_protocol.settings import Settings, parse_settings

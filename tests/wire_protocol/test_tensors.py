@@ -20,7 +20,9 @@ SHAPES = adapter_shapes(model_shape(CONFIG), (0, 2, 4), 3)
 
 def an_adapter(seed: int = 0, scale: float = 1.0) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
-    return {name: (rng.normal(size=shape) * scale).astype(np.float32) for name, shape in SHAPES.items()}
+    return {
+        name: (rng.normal(size=shape) * scale).astype(np.float32) for name, shape in SHAPES.items()
+    }
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e3]))
@@ -49,7 +51,7 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
 
 
 def test_int8_is_about_a_quarter_of_fp32_at_the_shapes_of_a_real_model() -> None:
-    config = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
+    config = {**CONFIG, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
     shapes = adapter_shapes(model_shape(config), (8,) * 6, 2)
     adapter = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     assert len(encode(adapter, Codec.INT8)) < 0.28 * len(encode(adapter, Codec.FP32))
