@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Iterator
 
 import anyio
@@ -25,6 +26,7 @@ from wire_protocol.errors import BrokerUnavailable, ConfigError
 log = structlog.get_logger()
 
 BROKER_CHECK_S = 2.0
+FORGOTTEN_UPLOAD_S = 7 * 86400.0
 
 
 class _HttpServer(uvicorn.Server):
@@ -62,7 +64,9 @@ async def serve(settings: ServerSettings) -> None:
                 tls=address.ssl_context(),
             )
             async with link:
-                server = Server(settings, state, store, BlobStore(state.blobs), address, link)
+                blobs = BlobStore(state.blobs)
+                blobs.remove_parts_older_than(FORGOTTEN_UPLOAD_S, now=time.time())
+                server = Server(settings, state, store, blobs, address, link)
                 try:
                     await _run(server, launcher, listener)
                 finally:

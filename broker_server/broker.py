@@ -224,8 +224,7 @@ class ChildBroker:
             )
         if kept_port:
             log.warning("broker_port_taken", port=kept_port, host=self._host)
-        with socket.create_server((self._host, 0), family=_family(self._host)) as listener:
-            return int(listener.getsockname()[1])
+        return _some_free_port(self._host)
 
     def _address(self, kept: _Kept) -> BrokerAddress:
         return BrokerAddress(
@@ -296,6 +295,16 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _some_free_port(host: str) -> int:
+    # Below the ports of outgoing connections (32768 and up): a device on this machine that retries
+    # a closed port among those can be given the same one, connect to itself, and so hold it.
+    for _ in range(200):
+        port = 20_000 + secrets.randbelow(10_000)
+        if _is_free(host, port):
+            return port
+    raise ConfigError(f"found no free port on {host} between 20000 and 29999; choose a broker port")
 
 
 def _becomes_free(host: str, port: int, patience_s: float) -> bool:

@@ -82,8 +82,8 @@ class Fleet:
     def born(self, device_id: str, sid: int, birth: Birth, now: float) -> list[Change]:
         """A device introduces itself."""
         known = self.devices.get(device_id)
-        if known and sid < known.sid:
-            return []
+        if known and sid < known.sid and birth.boot_id == known.birth.boot_id:
+            return []  # overtaken on its way; another boot may have lost its counter
         record = DeviceRecord(birth, sid, birth.capability, last_seen=now)
         same_power = known and known.capability.fingerprint == birth.capability.fingerprint
         if known and same_power:

@@ -43,7 +43,7 @@ class ServerAddress:
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 
 
-@click.group("legend", cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("legend", cls=OneLineErrors)
 @click.version_option(package_name="legend-edge")
 @click.option(
     "--server",

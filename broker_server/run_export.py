@@ -50,6 +50,8 @@ def export_run(api: OperatorApi, run_id: str, plan: ExportPlan) -> Iterator[str]
         from broker_server.model_export import merge, to_onnx  # noqa: PLC0415 - needs torch
     except ImportError as error:
         raise ConfigError("--merge and --onnx need: pip install 'legend-edge[train]'") from error
+    # torch sets up its own loggers when it is imported, so this comes after it.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with _base_model(api, str(run["spec"]["model"]), plan.base) as base, _scratch() as scratch:
         merged = plan.folder / "merged" if plan.merge else scratch
         merge(plan.folder, base, merged)
@@ -69,7 +71,6 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ uploaded before (``RunSpec``). Knows files and their formats; knows no HTTP.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,8 +205,6 @@ def read_rows(path: Path) -> list[Mapping[str, Any]]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text") from error
-    except csv.Error as error:
-        raise ConfigError(f"{path} is not well-formed: {error}") from error
 
 
 def _parquet_rows(path: Path) -> list[Mapping[str, Any]]:

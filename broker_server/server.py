@@ -54,6 +54,7 @@ from wire_protocol.topics import Broadcast, Channel, DeviceTopic, FleetTopic, pa
 log = structlog.get_logger()
 
 REBIRTH_JITTER_S = 2.0
+RETRY_AFTER_S = 2.0
 REBIRTH_INTERVAL_S = 5.0
 """A device that needs a rebirth is asked at most this often."""
 
@@ -168,6 +169,9 @@ class Server:
                     self.active.progress(device_id, event.event)
             case Capability():
                 self._apply(self.fleet.measured(device_id, event.event.capability))
+                if known := self.fleet.devices.get(device_id):
+                    birth = known.birth.model_copy(update={"capability": known.capability})
+                    self.store.save_device(device_id, known.sid, birth.model_dump_json())
             case Failure():
                 failure = event.event
                 log.warning(
@@ -190,12 +194,21 @@ class Server:
                 )
 
     def _update(self, device_id: str, message_id: str, manifest: UpdateManifest) -> None:
-        if self.active is None:
-            self.ack(device_id, Ack(re=message_id, status="rejected", code="stale"))
+        if self.active is None or self.active.context.run_id != manifest.run_id:
+            self._answer_early_or_late(device_id, message_id, manifest.run_id)
         elif not self.blobs.has(manifest.update.sha256):
             self.ack(device_id, Ack(re=message_id, status="rejected", code="missing_blob"))
         else:
             self.active.feed(events.UpdateArrived(device_id, message_id, manifest))
+
+    def _answer_early_or_late(self, device_id: str, message_id: str, run_id: str) -> None:
+        """An update of a run that does not run now: over, or about to go on after a restart."""
+        record = self.store.run(run_id)
+        if record is not None and record.status == RunStatus.RUNNING.value:
+            ack = Ack(re=message_id, status="busy", code="starting", retry_after_s=RETRY_AFTER_S)
+        else:
+            ack = Ack(re=message_id, status="rejected", code="stale")
+        self.ack(device_id, ack)
 
     def _apply(self, changes: list[registry.Change]) -> None:
         for change in changes:
@@ -266,7 +279,9 @@ class Server:
             raise ConfigError("the held-out file is not uploaded; send its blob first")
         name = "".join(c if c.isalnum() else "-" for c in spec.name.lower()).strip("-") or "run"
         run_id = f"{name[:24]}-{new_message_id()[:6]}"
-        self.store.create_run(run_id, spec.model_dump_json())
+        # By digest: a name may come to mean another model while the run waits.
+        pinned = spec.model_copy(update={"model": row.digest})
+        self.store.create_run(run_id, pinned.model_dump_json())
         self._queue.send_nowait(run_id)
         return run_id
 

@@ -41,6 +41,7 @@ from wire_protocol.messages import (
 from wire_protocol.topics import Channel, DeviceTopic, parse_topic
 
 log = structlog.get_logger()
+CACHED_ADAPTER_BYTES = 256 * 2**20
 PROGRESS_INTERVAL_S = 1.0
 """Progress is for people: more often than this says nothing new and costs traffic."""
 
@@ -265,6 +266,7 @@ class Agent:
         self._work_scope = None
         if isinstance(outcome, session.WorkFailed):
             self.workshop.state.forget_round(start.assignment_id)
+        self.workshop.state.trim_blobs(CACHED_ADAPTER_BYTES)
         await self._send.send(outcome)
 
     async def _stop_work(self) -> None:

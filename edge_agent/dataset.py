@@ -6,7 +6,6 @@ datasets without them); a tokenizer is handed in. Valid on Python 3.8.
 
 from __future__ import annotations
 
-import csv
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def load_examples(path: Path, columns: Columns) -> List[Example]:
         raise DeviceError(
             FailureCode.MISSING_FILE, f"dataset file {path} does not exist"
         ) from error
-    except (OSError, UnicodeDecodeError, ConfigError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise DeviceError(FailureCode.BAD_DATA, f"dataset file {path}: {_line(error)}") from error
     if not examples:
         raise DeviceError(FailureCode.EMPTY_DATASET, f"dataset file {path} holds no example")

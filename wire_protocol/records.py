@@ -46,14 +46,13 @@ def parse_rows(content: str, suffix: str) -> Iterator[Mapping[str, Any]]:
             tsv file has a header and no quoting.
 
     Raises:
-        ConfigError: another suffix, or a line that is not a JSON object.
+        ConfigError: another suffix, or a line that is not what it should be.
     """
-    if suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(content))
-    elif suffix == ".tsv":
-        yield from csv.DictReader(io.StringIO(content), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if suffix in (".csv", ".tsv"):
+        yield from _table_rows(content, suffix)
     elif suffix in (".jsonl", ".json"):
-        for number, line in enumerate(content.splitlines(), start=1):
+        # Not splitlines(): JSON allows U+2028 and its like inside a string.
+        for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 yield _json_row(line, number)
     else:
@@ -72,6 +71,18 @@ def to_examples(rows: Iterable[Mapping[str, Any]], columns: Columns) -> List[Exa
         pair = _cell(row, columns.text_pair, number) if columns.text_pair else None
         examples.append(Example(text, pair, _cell(row, columns.label, number)))
     return examples
+
+
+def _table_rows(content: str, suffix: str) -> Iterator[Mapping[str, Any]]:
+    lines = io.StringIO(content)
+    if suffix == ".tsv":
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.DictReader(lines)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ConfigError(f"line {reader.line_num} is not well-formed: {error}") from error
 
 
 def _cell(row: Mapping[str, Any], column: str, number: int) -> str:

@@ -52,7 +52,9 @@ PLAN = RunPlan("run-1", rounds=2, shape=SIX_LAYERS, recipe=a_recipe(), model_dig
 class Conversation:
     """A coordinator, a clock that only we move, and everything it ever said."""
 
-    def __init__(self, plan: RunPlan = PLAN, checkpoint: RunCheckpoint = START, **more: Any) -> None:
+    def __init__(
+        self, plan: RunPlan = PLAN, checkpoint: RunCheckpoint = START, **more: Any
+    ) -> None:
         self.run = Coordinator(plan, strategy_named("legend", {}), checkpoint, **more)
         self.now = 100.0
         self.said: list[Action] = []

@@ -60,6 +60,13 @@ def test_a_birth_older_than_the_last_one_means_nothing() -> None:
     assert fleet.devices["pi-1"].birth.board == "rpi-5-8"
 
 
+def test_a_device_that_lost_its_counter_is_taken_back_after_its_next_boot() -> None:
+    fleet = Fleet()
+    born(fleet, sid=5)
+    assert fleet.born("pi-1", 1, a_birth(boot_id="boot-2"), 1.0) == [Joined("pi-1")]
+    assert fleet.heartbeat("pi-1", 1, BEAT, 2.0) == []
+
+
 def test_a_stranger_and_a_wrong_session_are_asked_for_their_birth() -> None:
     fleet = Fleet()
     assert fleet.heartbeat("pi-1", 1, BEAT, 0.0) == [NeedsRebirth("pi-1")]
@@ -75,7 +82,9 @@ def test_a_restored_device_is_offline_until_it_speaks() -> None:
     assert fleet.heartbeat("pi-1", 3, BEAT, 1.0) == [Joined("pi-1")]
 
 
-def capacity_of(fleet: Fleet, dataset: str = "triage", labels: tuple[str, ...] = ()) -> tuple[object, str]:
+def capacity_of(
+    fleet: Fleet, dataset: str = "triage", labels: tuple[str, ...] = ()
+) -> tuple[object, str]:
     return fleet.capacity("pi-1", model_digest=SHA, dataset=dataset, labels=labels)
 
 

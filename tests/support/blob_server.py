@@ -5,6 +5,8 @@ python -m tests.support.blob_server PORT BLOB_ROOT [TOKEN]
 
 from __future__ import annotations
 
+import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,9 @@ from fastapi.responses import FileResponse
 from broker_server.blob_api import blob_router
 from broker_server.blobs import BlobStore
 from tests.support.ports import answers, wait_until
+
+CONTENT = random.Random(3).randbytes(6_000_000)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class BlobServer:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 from collections.abc import Callable
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on now."""
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
+    """A port that nothing listens on now.
+
+    Below the ports of outgoing connections: a test that retries a closed port among those can
+    connect to itself.
+    """
+    for _ in range(200):
+        port = random.randint(10_000, 19_999)
+        try:
+            socket.create_server((host, port)).close()
+        except OSError:
+            continue
+        return port
+    raise RuntimeError("no free port")
 
 
 def answers(port: int, host: str = "127.0.0.1") -> bool:

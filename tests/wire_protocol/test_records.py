@@ -33,6 +33,11 @@ def test_quotes_in_a_tsv_file_are_text() -> None:
     assert to_examples(rows, Columns()) == [Example('"half a quote', None, "ok")]
 
 
+def test_a_line_separator_inside_a_json_string_is_text() -> None:
+    rows = parse_rows('{"text": "a\u2028b\x85c", "label": "x"}\n', ".jsonl")
+    assert to_examples(rows, Columns()) == [Example("a\u2028b\x85c", None, "x")]
+
+
 def test_a_pair_has_two_texts() -> None:
     rows = parse_rows('{"a": "x", "b": "y", "l": 1}\n', ".jsonl")
     assert to_examples(rows, Columns("a", "b", "l")) == [Example("x", "y", "1")]

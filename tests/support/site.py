@@ -1,0 +1,235 @@
+"""A real server and real agents as processes on this machine, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from broker_server.operator_api_client import OperatorApi, add_model
+from broker_server.run_spec import load_run_spec, read_held_out
+from tests.support.tiny_models import make_base_model, write_reviews
+
+Json = dict[str, Any]
+PATIENCE_S = 120.0
+
+
+@dataclass
+class Site:
+    """Starts, kills and asks; every process is ended by its pid when the test ends."""
+
+    folder: Path
+    broker: str = "embedded"
+    heartbeat_s: float = 2.0
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start_server(self) -> None:
+        """Start the server, or start it again in the same state directory."""
+        ready = self.folder / "server" / "server.json"
+        ready.unlink(missing_ok=True)
+        port = int(self.url.rpartition(":")[2]) if "server" in self.processes else 0
+        settings = {
+            "fleet": "site",
+            "state_dir": str(self.folder / "server"),
+            "port": port,
+            "broker": {"kind": self.broker},
+        }
+        self._start("server", "broker_server.cli", ["serve", "--settings"], settings)
+        self.until(ready.exists, "the server answers")
+        self._url = str(json.loads(ready.read_text())["url"])
+
+    @property
+    def url(self) -> str:
+        """Where the server's API is."""
+        return self._url
+
+    def start_agent(self, name: str, **changes: Any) -> None:
+        """Start an agent, or start it again in the same state directory."""
+        settings = {
+            "device_id": name,
+            "fleet": "site",
+            "server": self.url,
+            "state_dir": str(self.folder / name),
+            "datasets": {"reviews": {"path": str(self.data)}},
+            "threads": 1,
+            "heartbeat_s": self.heartbeat_s,
+            "benchmark_onnx": False,
+            **changes,
+        }
+        file = self._settings_file(name)
+        self._start(name, "edge_agent.cli", ["start"], settings, before=["--settings", str(file)])
+
+    @property
+    def data(self) -> Path:
+        """A small dataset; the held-out file as well."""
+        path = self.folder / "reviews.jsonl"
+        return path if path.exists() else write_reviews(path)
+
+    def add_model(self) -> str:
+        """Register a tiny random BERT."""
+        model_dir = self.folder / "tiny"
+        if not model_dir.exists():
+            make_base_model(model_dir, "bert")
+        with self.api() as api:
+            added = add_model(api, str(model_dir), name="tiny", report=lambda *_: None)
+            return str(added["digest"])
+
+    def launch(self, **changes: Any) -> str:
+        """Launch a run; returns its id."""
+        run = {
+            "name": "site-run",
+            "model": "tiny",
+            "dataset": "reviews",
+            "rounds": 3,
+            "local_steps": 4,
+            "batch_size": 4,
+            "max_tokens": 16,
+            "evaluation": {"path": str(self.data)},
+            **changes,
+        }
+        file = self.folder / "run.yml"
+        file.write_text(yaml.safe_dump(run))
+        spec = load_run_spec(file)
+        held_out = read_held_out(spec.evaluation)
+        with self.api() as api:
+            return api.submit_run(spec.submitted(held_out, api.upload_bytes(held_out.content)))
+
+    @contextmanager
+    def api(self) -> Iterator[OperatorApi]:
+        with OperatorApi(self.url) as api:
+            yield api
+
+    def run(self, run_id: str) -> Json:
+        """What the server says about a run."""
+        with self.api() as api:
+            return api.run(run_id)
+
+    def devices(self) -> dict[str, Json]:
+        """What the server says about its devices."""
+        with self.api() as api:
+            return {device["device_id"]: device for device in api.devices()}
+
+    def status(self, name: str) -> Json:
+        """What an agent says about itself."""
+        status: Json = json.loads((self.folder / name / "status.json").read_text())
+        return status
+
+    def wait_for_devices(self, *names: str) -> None:
+        """Until they are online and have measured themselves."""
+        self.until(
+            lambda: all(
+                (device := self.devices().get(name))
+                and device["state"] == "online"
+                and device["capability"].get("compute")
+                for name in names
+            ),
+            f"{names} are ready",
+        )
+
+    def wait_until_training(self, run_id: str, name: str, *, round_number: int = 1) -> None:
+        """Until this device is in the middle of its local steps."""
+
+        def training() -> bool:
+            run = self.run(run_id)
+            assert run["status"] in ("queued", "running"), run["reason"]
+            return run["round_number"] >= round_number and any(
+                line["device_id"] == name and line["state"] == "training" and line["step"] > 0
+                for line in run["live"]
+            )
+
+        self.until(training, f"{name} trains in round {round_number}")
+
+    def wait_for_end(self, run_id: str) -> Json:
+        """Until the run has ended; returns it."""
+        self.until(
+            lambda: self.run(run_id)["status"] not in ("queued", "running"), "the run ends"
+        )
+        return self.run(run_id)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End one of our processes."""
+        process = self.processes[name]
+        process.send_signal(number)
+        process.wait(30)
+
+    def trainer_pid(self, name: str) -> int:
+        """The trainer child of an agent."""
+        children = Path(f"/proc/{self.processes[name].pid}/task").glob("*/children")
+        pids = [int(pid) for file in children for pid in file.read_text().split()]
+        return next(
+            pid for pid in pids if b"trainer_child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Poll; fails with the logs when it does not come true."""
+        give_up_at = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > give_up_at:
+                logs = "\n".join(
+                    f"--- {path.name}\n{path.read_text()[-2000:]}"
+                    for path in self.folder.glob("*.log")
+                )
+                raise AssertionError(f"it did not happen that {what}\n{logs}")
+            time.sleep(0.1)
+
+    def log(self, name: str) -> str:
+        """What a process has said so far."""
+        return (self.folder / f"{name}.log").read_text()
+
+    def close(self) -> None:
+        """End everything."""
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+    def _settings_file(self, name: str) -> Path:
+        return self.folder / f"{name}.yml"
+
+    def _start(
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        settings: Json,
+        *,
+        before: list[str] | None = None,
+    ) -> None:
+        file = self._settings_file(name)
+        file.write_text(yaml.safe_dump(settings))
+        if arguments[-1] == "--settings":
+            arguments = [*arguments, str(file)]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *(before or []), *arguments],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+
+
+@contextmanager
+def open_site(folder: Path, *, broker: str = "embedded") -> Iterator[Site]:
+    """A server that knows a tiny model, and no agents yet."""
+    site = Site(folder, broker)
+    try:
+        site.start_server()
+        site.add_model()
+        yield site
+    finally:
+        site.close()
