@@ -86,6 +86,8 @@ class Fleet:
             return []  # overtaken on its way; another boot may have lost its counter
         record = DeviceRecord(birth, sid, birth.capability, last_seen=now)
         same_power = known and known.capability.fingerprint == birth.capability.fingerprint
+        if known:
+            record.note = known.note
         if known and same_power:
             record.estimate = known.estimate
         self.devices[device_id] = record

@@ -319,7 +319,6 @@ class Server:
             for device_id, known in self.fleet.devices.items():
                 if known.online and self.active_spec:
                     self._report(loop, self.active_spec, device_id)
-            self._ask_everybody_for_birth()
             status, reason = await loop.run()
         except LegendError as error:
             status, reason = RunStatus.FAILED, str(error)

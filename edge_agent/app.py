@@ -24,6 +24,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir
 from edge_agent.status_file import StatusFile
 from edge_agent.trainer import Trainer
+from wire_protocol.errors import LegendError
 from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
@@ -41,9 +42,17 @@ async def run_agent(settings: AgentSettings) -> None:
     state = StateDir(settings.state_dir)
     with state.locked():
         notifier = Notifier(os.environ)
+        failure: LegendError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, name="signals")
-            await _serve(device, state, notifier, tasks)
+            try:
+                await _serve(device, state, notifier, tasks)
+            except LegendError as error:
+                # Raised here it would leave the group wrapped, and not as one line.
+                failure = error
+                tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
 
 async def _serve(device: Device, state: StateDir, notifier: Notifier, tasks: TaskGroup) -> None:

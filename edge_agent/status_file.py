@@ -68,9 +68,9 @@ def stop_agent(folder: Path, *, patience_s: float = 30.0) -> int:
     os.kill(pid, signal.SIGTERM)
     give_up_at = time.monotonic() + patience_s
     while time.monotonic() < give_up_at:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return pid
         time.sleep(0.1)
+        try:
+            read_status(folder)
+        except Unavailable:
+            return pid
     raise Unavailable(f"the agent (pid {pid}) did not stop within {patience_s:.0f} s")

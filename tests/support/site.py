@@ -151,9 +151,7 @@ class Site:
 
     def wait_for_end(self, run_id: str) -> Json:
         """Until the run has ended; returns it."""
-        self.until(
-            lambda: self.run(run_id)["status"] not in ("queued", "running"), "the run ends"
-        )
+        self.until(lambda: self.run(run_id)["status"] not in ("queued", "running"), "the run ends")
         return self.run(run_id)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
