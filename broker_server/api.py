@@ -117,7 +117,7 @@ class _Routes:
                 "to mosquitto with broker.host, or to external"
             )
         user = broker.device_credentials
-        login = f"{quote(user.username)}:{quote(user.password)}@" if user else ""
+        login = f"{quote(user.username, safe='')}:{quote(user.password, safe='')}@" if user else ""
         scheme, _, place = broker.url.partition("://")
         return {
             "fleet": self._server.settings.fleet,

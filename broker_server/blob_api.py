@@ -61,7 +61,8 @@ def blob_router(
     router = APIRouter(prefix="/v1", dependencies=list(dependencies))
     router.add_api_route("/blobs", routes.announce, methods=["POST"])
     router.add_api_route("/blobs/{sha256}", routes.append, methods=["PATCH"])
-    router.add_api_route("/blobs/{sha256}", routes.fetch, methods=["GET", "HEAD"])
+    router.add_api_route("/blobs/{sha256}", routes.fetch, methods=["GET"])
+    router.add_api_route("/blobs/{sha256}", routes.fetch, methods=["HEAD"], include_in_schema=False)
     router.add_api_route("/probe", probe_down, methods=["GET"])
     router.add_api_route("/probe", probe_up, methods=["POST"])
     return router

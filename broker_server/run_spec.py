@@ -7,7 +7,6 @@ uploaded before (``RunSpec``). Knows files and their formats; knows no HTTP.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from wire_protocol.errors import ConfigError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import Count, Sha256
 from wire_protocol.records import Columns, Example, parse_rows, to_examples
+from wire_protocol.settings import explain
 
 Name = Annotated[str, Field(min_length=1, max_length=80)]
 
@@ -260,28 +260,7 @@ def _validated(model: type[_Spec], document: Mapping[str, Any]) -> _Spec:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(_explain(model, first["type"], first["loc"], first["msg"])) from error
-
-
-def _explain(model: type[BaseModel], kind: str, place: Sequence[int | str], message: str) -> str:
-    key = ".".join(str(part) for part in place) or "the run"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind != "extra_forbidden":
-        return f"{key}: {_one_line(message)}"
-    siblings = _keys_at(model, place[:-1])
-    near = difflib.get_close_matches(str(place[-1]), siblings, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(siblings)}"
-    return f"unknown key {key}; {hint}"
-
-
-def _keys_at(model: type[BaseModel], place: Iterable[int | str]) -> list[str]:
-    for part in place:
-        inner = model.model_fields[str(part)].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-    return list(model.model_fields)
+        raise ConfigError(explain(error, model)) from error
 
 
 def _one_line(error: object) -> str:

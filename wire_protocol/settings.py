@@ -60,7 +60,9 @@ def parse_settings(
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation in one line, with the nearest known key."""
-    first = error.errors()[0]
+    problems = error.errors(include_url=False)
+    # A typo often shows twice, as an unknown key and as a missing one: name the typo.
+    first = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in first["loc"]) or "file"
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
@@ -69,7 +71,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {place!r}{hint}"
     if first["type"] == "missing":
         return f"key {place!r} is missing"
-    return f"{place}: {first['msg']}"
+    return f"{place}: {' '.join(first['msg'].split())}"
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_a_mistake_in_the_run_file_is_one_line_and_nothing_is_submitted(
     result = shell.run("launch", str(run_file), "--set", "round=3")
 
     assert result.exit_code == 78
-    assert "unknown key round; did you mean rounds" in result.stderr
+    assert "unknown key 'round'; did you mean 'rounds'" in result.stderr
     assert result.stderr.count("\n") == 1
     assert shell.state.submitted == []
 

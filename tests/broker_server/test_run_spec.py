@@ -76,9 +76,9 @@ def test_labels_that_yaml_reads_as_numbers_are_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["local_step=3"], "unknown key local_step; did you mean local_steps"),
-        (["evaluation.lable=x"], "unknown key evaluation.lable; did you mean label"),
-        (["evaluation.zzzz=1"], "unknown key evaluation.zzzz; known: path, text"),
+        (["local_step=3"], "unknown key 'local_step'; did you mean 'local_steps'"),
+        (["evaluation.lable=x"], "unknown key 'evaluation.lable'; did you mean 'label'"),
+        (["evaluation.zzzz=1"], "unknown key 'evaluation.zzzz'; known keys: label, path, text"),
         (["rounds=0"], "rounds: "),
         (["rounds=many"], "rounds: "),
         (["strategy=legned"], "strategy: "),
@@ -106,7 +106,7 @@ def test_a_wrong_key_or_value_is_named_in_one_line(
         (b"rounds: [1", "is not YAML"),
         (b"- a list", "does not hold the keys of a run"),
         (b"\xff\xfe\xff", "is not YAML"),
-        (b"dataset: x\nevaluation: {path: y}", "model is missing"),
+        (b"dataset: x\nevaluation: {path: y}", "key 'model' is missing"),
     ],
 )
 def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -93,4 +93,4 @@ def test_every_update_was_counted_exactly_once(site: Site) -> None:
         for number, _ in enumerate(store.rounds(record.run_id), start=1):
             assert len(store.updates(record.run_id, number)) <= 2
     for name in ("left", "right"):
-        site.until(lambda n=name: site.status(n)["outbox"] == 0, f"{name} owes nothing")
+        site.wait_for_empty_outbox(name)

@@ -154,6 +154,10 @@ class Site:
         self.until(lambda: self.run(run_id)["status"] not in ("queued", "running"), "the run ends")
         return self.run(run_id)
 
+    def wait_for_empty_outbox(self, name: str) -> None:
+        """Until the server has acknowledged everything that this agent owed it."""
+        self.until(lambda: self.status(name)["outbox"] == 0, f"{name} owes nothing")
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """End one of our processes."""
         process = self.processes[name]
