@@ -27,8 +27,9 @@ $(VENV)/.installed: pyproject.toml tools/install_torch.py
 demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 	$(BIN)/legend demo $(DEMO_ARGS)
 
-test: venv mosquitto ## Every test
-	$(BIN)/python -m pytest
+test: venv mosquitto ## Every test; those with real fleets come last and have the machine to themselves
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e"
+	$(BIN)/python -m pytest -m e2e
 
 test-fast: venv ## The tests that need no service and no training
 	$(BIN)/python -m pytest -m "not integration and not e2e and not train"
