@@ -5,7 +5,6 @@ Knows requests and answers; every decision is the server's. OpenAPI at /openapi.
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import time
 from importlib.metadata import version
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import Body, Depends, FastAPI, HTTPException, Request
+from fastapi import Body, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from broker_server.api_guard import Guard
 from broker_server.base_model import ModelFile
 from broker_server.blob_api import blob_router
 from broker_server.model_registry import shape_of
@@ -59,8 +59,8 @@ class NewModel(BaseModel):
 def make_api(server: Server) -> FastAPI:
     """Build the application around a server."""
     api = FastAPI(title="LEGEND Edge", version=version("legend-edge"))
-    token = Depends(_token_check(server.settings.token))
-    api.include_router(blob_router(server.blobs, dependencies=[token]))
+    api.add_middleware(Guard, token=server.settings.token)
+    api.include_router(blob_router(server.blobs))
     routes = _Routes(server)
     for method, path, handler, status in (
         ("GET", "/v1/health", routes.health, 200),
@@ -76,7 +76,7 @@ def make_api(server: Server) -> FastAPI:
         ("GET", "/v1/runs/{run_id}/files", routes.files, 200),
         ("GET", "/v1/runs/{run_id}/files/{name:path}", routes.file, 200),
     ):
-        api.add_api_route(path, handler, methods=[method], dependencies=[token], status_code=status)
+        api.add_api_route(path, handler, methods=[method], status_code=status)
     api.add_exception_handler(LegendError, _known_error)
     api.add_exception_handler(RequestValidationError, _bad_request)
     api.add_exception_handler(StarletteHTTPException, _http_error)
@@ -143,7 +143,7 @@ class _Routes:
         server = self._server
         files = [ModelFile(file.path, file.sha256, file.size_bytes) for file in model.files]
         digest = server.models.register(model.name, files)
-        if server.active is None:
+        if server.runs.active is None:
             online = [name for name, known in server.fleet.devices.items() if known.online]
             server.measure(online, digest)
         return {"digest": digest}
@@ -165,7 +165,7 @@ class _Routes:
 
     async def launch(self, document: dict[str, Any] = Body()) -> dict[str, object]:  # noqa: B008 - FastAPI's way to name the body
         """Queue a run."""
-        return {"run_id": self._server.launch(parse_run_spec(document))}
+        return {"run_id": self._server.runs.launch(parse_run_spec(document))}
 
     async def run(self, run_id: str) -> dict[str, object]:
         """One run, with what its devices do now."""
@@ -177,7 +177,7 @@ class _Routes:
     async def cancel(self, run_id: str) -> dict[str, object]:
         """Stop a run."""
         self._record(run_id)
-        self._server.cancel(run_id)
+        self._server.runs.cancel(run_id)
         return {"run_id": run_id, "status": "cancelling"}
 
     async def files(self, run_id: str) -> dict[str, object]:
@@ -206,17 +206,8 @@ class _Routes:
         return [RoundResult.model_validate_json(text) for text in texts]
 
     def _loop(self, record: RunRecord) -> Any:
-        active = self._server.active
+        active = self._server.runs.active
         return active if active and active.context.run_id == record.run_id else None
-
-
-def _token_check(token: str | None) -> Any:
-    async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "this server wants a token; give the right one")
-
-    return check
 
 
 def _is_loopback(host: str) -> bool:
@@ -246,7 +237,7 @@ async def _bad_request(_request: Request, error: Exception) -> JSONResponse:
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, StarletteHTTPException) else 500
     detail = error.detail if isinstance(error, StarletteHTTPException) else str(error)
-    names = {401: "unauthorised", 404: "not_found"}
+    names = {404: "not_found"}
     return JSONResponse(
         {"error": names.get(status, "http_error"), "detail": detail}, status_code=status
     )

@@ -60,7 +60,7 @@ async def serve(settings: ServerSettings) -> None:
             link = ServerLink(
                 address,
                 fleet=settings.fleet,
-                epoch=state.next_epoch(),
+                start_number=state.count_start(),
                 tls=address.ssl_context(),
             )
             async with link:
@@ -71,7 +71,7 @@ async def serve(settings: ServerSettings) -> None:
                     await _run(server, launcher, listener)
                 finally:
                     with anyio.CancelScope(shield=True):
-                        await server.evaluator.close()
+                        await server.runs.evaluator.close()
         finally:
             store.close()
             with anyio.CancelScope(shield=True):
@@ -86,7 +86,7 @@ async def _run(server: Server, launcher: BrokerLauncher, listener: socket.socket
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.pump, name="broker messages")
         tasks.start_soon(server.watch_leases, name="leases")
-        tasks.start_soon(server.work_through_runs, name="runs")
+        tasks.start_soon(server.runs.work_through, name="runs")
         tasks.start_soon(_keep_broker, launcher, name="broker child")
         tasks.start_soon(_stop_on_signal, http, tasks, name="signals")
         tasks.start_soon(_announce, http, server, listener, name="announce")

@@ -52,6 +52,9 @@ from broker_server.run_state import (
 from broker_server.strategies import DeviceCapacity, Strategy
 from wire_protocol.messages import BlobRef, UpdateManifest
 
+RESUME_SETTLE_S = 5.0
+"""Longer than the jitter with which devices answer a restarted server."""
+
 TOKENS_RHO = 0.7
 """Weight of the old value in the moving average of tokens per step."""
 
@@ -96,6 +99,8 @@ class Coordinator:
         self.devices: dict[str, KnownDevice] = {}
         self.round: OpenRound | None = None
         self._parts = dict(checkpoint.members)
+        self._finished = checkpoint.finished
+        self._settle_until = -math.inf
         self._recorded = dict(recorded or {})
         self._new_adapter: BlobRef | None = None
         self._prepare_until = math.inf
@@ -140,7 +145,8 @@ class Coordinator:
     def next_deadline(self) -> float | None:
         """When to call ``handle(Tick(), now)`` if nothing else happens first."""
         if self.phase is Phase.PREPARING:
-            return self._prepare_until
+            settling = self._settle_until > -math.inf
+            return self._settle_until if settling else self._prepare_until
         if self.phase is Phase.COLLECTING and self.round:
             return self.round.next_deadline(self.devices)
         return None
@@ -153,10 +159,12 @@ class Coordinator:
         if not self.baseline_done:
             self.phase = Phase.BASELINE
             return [SaveCheckpoint(self._checkpoint()), EvaluateAdapter(0, self.adapter)]
-        if self.round_number > self.plan.rounds:
-            return self._end(RunStatus.FINISHED, f"all {self.plan.rounds} rounds done")
+        if self._finished is not None:
+            return self._end(RunStatus.FINISHED, self._finished)
         if self._parts:
             return self._open_round(now)
+        # After a restart devices come back one by one: the first is not the cohort.
+        self._settle_until = now + RESUME_SETTLE_S
         return self._prepare(now)
 
     def _prepare(self, now: float) -> list[Action]:
@@ -186,6 +194,9 @@ class Coordinator:
 
     def _is_prepared(self, now: float) -> bool:
         """The first round waits for devices that still measure themselves, later ones do not."""
+        if now < self._settle_until:
+            return False
+        self._settle_until = -math.inf
         online = [known for known in self.devices.values() if known.online]
         measuring = any(not known.capacity and not known.note for known in online)
         settled = self.round_number > 1 or not measuring or now >= self._prepare_until
@@ -347,13 +358,14 @@ class Coordinator:
         self.adapter, self._new_adapter = self._new_adapter, None
         self.round_number, self.attempt = done + 1, 0
         self.round, self._parts = None, {}
-        saved = SaveCheckpoint(self._checkpoint(), result=result)
         target = self.plan.target_accuracy
         if target is not None and event.accuracy >= target:
-            reason = f"target accuracy {target:.3f} reached in round {done}"
-            return [saved, *self._end(RunStatus.FINISHED, reason)]
-        if done >= self.plan.rounds:
-            return [saved, *self._end(RunStatus.FINISHED, f"all {done} rounds done")]
+            self._finished = f"target accuracy {target:.3f} reached in round {done}"
+        elif done >= self.plan.rounds:
+            self._finished = f"all {done} rounds done"
+        saved = SaveCheckpoint(self._checkpoint(), result=result)
+        if self._finished is not None:
+            return [saved, *self._end(RunStatus.FINISHED, self._finished)]
         return [saved, *self._prepare(now)]
 
     def _learn_tokens(self, open_round: OpenRound) -> None:
@@ -370,4 +382,5 @@ class Coordinator:
             baseline_done=self.baseline_done,
             tokens_per_step=self.tokens_per_step,
             members=self._parts,
+            finished=self._finished,
         )

@@ -8,7 +8,7 @@ at once. A death that is older than the last birth is ignored.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from broker_server.strategies import (
     CapacityEstimate,
@@ -17,7 +17,13 @@ from broker_server.strategies import (
     device_capacity,
     observe,
 )
-from wire_protocol.messages import Birth, CapabilityProfile, Heartbeat, UpdateManifest
+from wire_protocol.messages import (
+    PROTOCOL_VERSION,
+    Birth,
+    CapabilityProfile,
+    Heartbeat,
+    UpdateManifest,
+)
 
 MISSED_HEARTBEATS = 3
 """A lease lasts this many heartbeat intervals."""
@@ -60,6 +66,8 @@ class DeviceRecord:
     busy_with: str | None = None
     note: str = ""
     estimate: CapacityEstimate | None = None
+    unmeasurable: dict[str, str] = field(default_factory=dict)
+    """Digest of a base model -> why it could not be measured with it."""
 
     @property
     def lease_s(self) -> float:
@@ -86,11 +94,15 @@ class Fleet:
             return []  # overtaken on its way; another boot may have lost its counter
         record = DeviceRecord(birth, sid, birth.capability, last_seen=now)
         same_power = known and known.capability.fingerprint == birth.capability.fingerprint
+        rebooted = known is not None and known.birth.boot_id != birth.boot_id
         if known:
             record.note = known.note
         if known and same_power:
             record.estimate = known.estimate
         self.devices[device_id] = record
+        if known and known.online and rebooted:
+            # Nobody told us of its end; what it worked on is gone.
+            return [Left(device_id, "it started again"), Joined(device_id)]
         return [Joined(device_id)]
 
     def heartbeat(self, device_id: str, sid: int, heartbeat: Heartbeat, now: float) -> list[Change]:
@@ -120,6 +132,15 @@ class Fleet:
             return [NeedsRebirth(device_id)]
         known.capability = capability
         known.estimate = None
+        known.unmeasurable.clear()
+        return [Joined(device_id)]
+
+    def could_not_measure(self, device_id: str, model_digest: str, detail: str) -> list[Change]:
+        """A benchmark failed; until the next birth the device stays out with that reason."""
+        known = self.devices.get(device_id)
+        if known is None:
+            return [NeedsRebirth(device_id)]
+        known.unmeasurable[model_digest] = detail
         return [Joined(device_id)]
 
     def expire(self, now: float) -> list[Change]:
@@ -154,7 +175,7 @@ class Fleet:
             backward_s=report.backward_s,
             downloaded_bytes=report.download_bytes,
             download_s=report.download_s,
-            uploaded_bytes=manifest.update.size_bytes,
+            uploaded_bytes=report.upload_bytes,
             upload_s=report.upload_s,
         )
         estimate = known.estimate or _estimate_from(known.capability)
@@ -170,6 +191,11 @@ class Fleet:
             only has to measure itself first.
         """
         known = self.devices[device_id]
+        if PROTOCOL_VERSION not in known.birth.protocol:
+            return (
+                None,
+                f"speaks protocol {known.birth.protocol}, not {PROTOCOL_VERSION}; update it",
+            )
         report = known.birth.datasets.get(dataset)
         if report is None:
             has = ", ".join(sorted(known.birth.datasets)) or "none"
@@ -178,6 +204,8 @@ class Fleet:
             return None, f"its dataset {dataset!r} is empty or unreadable"
         if labels and (unknown := sorted(set(report.labels) - set(labels))):
             return None, f"its dataset has labels that the run does not know: {unknown[:5]}"
+        if reason := known.unmeasurable.get(model_digest):
+            return None, f"could not measure itself: {reason}"
         compute = known.capability.compute
         if compute is None or compute.model_digest != model_digest or not known.capability.link:
             return None, ""

@@ -27,7 +27,7 @@ class ModelRegistry:
 
     def __init__(self, store: Store, blobs: BlobStore, folder: Path) -> None:
         self._store = store
-        self._blobs = blobs
+        self.blobs = blobs
         self._folder = folder
 
     def register(self, name: str, files: Sequence[ModelFile]) -> str:
@@ -41,10 +41,17 @@ class ModelRegistry:
             path = Path(file.path)
             if path.is_absolute() or ".." in path.parts or not path.name:
                 raise ConfigError(f"model file path {file.path!r} must stay inside the model")
-            if not self._blobs.has(file.sha256):
+            if not self.blobs.has(file.sha256):
                 raise ConfigError(f"model file {file.path} is not uploaded; send its blob first")
+            if self.blobs.size_bytes(file.sha256) != file.size_bytes:
+                raise ConfigError(f"model file {file.path} is not {file.size_bytes} bytes long")
+        if len({file.path for file in files}) != len(files):
+            raise ConfigError("a model file is listed twice")
         digest = digest_of(files)
-        folder = self._link(digest, files)
+        try:
+            folder = self._link(digest, files)
+        except OSError as error:
+            raise ConfigError(f"the model's files cannot be laid out: {error.strerror}") from error
         try:
             config = read_config(folder)
             model_shape(config)
@@ -86,7 +93,7 @@ class ModelRegistry:
         for file in files:
             target = partial / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._blobs.path(file.sha256), target)
+            os.link(self.blobs.path(file.sha256), target)
         partial.rename(folder)
         return folder
 

@@ -92,7 +92,7 @@ class ServerLink:
     Args:
         address: the broker.
         fleet: whose devices to hear.
-        epoch: how often this server has started; devices see it as the state's ``sid``.
+        start_number: how often this server has started; devices see it as the state's ``sid``.
         tls: verifies the broker's certificate; see ``BrokerAddress.ssl_context``.
         longest_retry_s: upper bound of the delay between attempts.
         queue_size: messages that may wait for the event loop.
@@ -103,14 +103,14 @@ class ServerLink:
         address: BrokerAddress,
         *,
         fleet: str,
-        epoch: int,
+        start_number: int,
         tls: ssl.SSLContext | None = None,
         longest_retry_s: float = 30.0,
         queue_size: int = 1024,
     ) -> None:
         self._state_topic = str(FleetTopic(fleet, Broadcast.SERVER_STATE))
         self._filters = server_filters(fleet)
-        self._epoch = epoch
+        self._start_number = start_number
         self._longest_retry_s = longest_retry_s
         self._queue_size = queue_size
         self._client = self._make_client(address, f"legend-server-{fleet}", tls)
@@ -310,7 +310,9 @@ class ServerLink:
     def _state(self, *, online: bool) -> bytes:
         word = "online" if online else "offline"
         return encode_message(
-            State(online=online), message_id=f"server-{self._epoch}-{word}", sid=self._epoch
+            State(online=online),
+            message_id=f"server-{self._start_number}-{word}",
+            sid=self._start_number,
         )
 
     def _say_goodbye(self) -> None:

@@ -40,6 +40,7 @@ from broker_server.run_state import (
 from wire_protocol.lora import LoraConfig
 from wire_protocol.messages import BlobRef, RoundStart, UpdateManifest
 
+LONGEST_ROUND_S = 1e7
 DEADLINE_FACTOR = 3.0
 DEADLINE_FLOOR_S = 60.0
 """Without a deadline in the run's settings a round may take this many times
@@ -87,6 +88,7 @@ class OpenRound:
             member = self.members[device_id]
             if member.pending and not self.closed:
                 member.sent_at = now
+                member.given_up = False
                 actions.append(SendAssignment(device_id, self._round_start(member, now)))
         return actions
 
@@ -109,22 +111,25 @@ class OpenRound:
         """When this round needs a tick: its end, a resend, a lost device given up."""
         times = [self.until]
         for name, member in self.members.items():
-            if member.pending and not devices[name].online:
+            if member.pending and not devices[name].online and not member.given_up:
                 times.append(devices[name].lost_at + self.plan.lost_grace_s)
-            elif member.status is MemberStatus.ASSIGNED:
+            elif member.status is MemberStatus.ASSIGNED and devices[name].online:
                 times.append(member.sent_at + self.plan.resend_s)
         return min(times)
 
     def is_collected(self, devices: Mapping[str, KnownDevice], now: float) -> bool:
         """True when all answered, enough answered, or time is up."""
+        self._give_up_lost(devices, now)
         updated = sum(m.status is MemberStatus.UPDATED for m in self.members.values())
-        waiting = any(
-            member.pending
-            and (devices[name].online or now < devices[name].lost_at + self.plan.lost_grace_s)
-            for name, member in self.members.items()
-        )
+        waiting = any(member.pending and not member.given_up for member in self.members.values())
         enough = updated >= math.ceil(self.plan.quorum * len(self.members)) and updated > 0
         return not waiting or enough or now >= self.until
+
+    def _give_up_lost(self, devices: Mapping[str, KnownDevice], now: float) -> None:
+        for name, member in self.members.items():
+            grace_ends = devices[name].lost_at + self.plan.lost_grace_s
+            if member.pending and not devices[name].online and now >= grace_ends:
+                member.given_up = True
 
     def close(self, now: float) -> tuple[list[Action], tuple[AcceptedUpdate, ...]]:
         """End collecting: who is late is cancelled, who answered takes part."""
@@ -220,7 +225,7 @@ class OpenRound:
             assignment_id=part.assignment_id,
             ranks=part.ranks,
             steps=part.steps,
-            deadline_s=max(1.0, self.until - now),
+            deadline_s=min(LONGEST_ROUND_S, max(1.0, self.until - now)),
             seed=int.from_bytes(seed[:4], "big"),
             recipe=self.plan.recipe,
             adapter=self.adapter,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -40,9 +41,11 @@ from wire_protocol.messages import (
     UpdateManifest,
 )
 from wire_protocol.model_family import ModelShape, adapter_shapes
-from wire_protocol.tensors import check_shapes, decode, encode
+from wire_protocol.tensors import MAX_ADAPTER_BYTES, check_shapes, decode, encode
 
 log = structlog.get_logger()
+
+CANDIDATE_FOLDER = ".candidate"
 
 
 class Post(Protocol):
@@ -65,6 +68,7 @@ class RunContext:
     model_name: str
     model_shape: ModelShape
     labels: tuple[str, ...]
+    evaluation_sha256: str
 
 
 @dataclass
@@ -104,10 +108,15 @@ class RunLoop:
     ended: tuple[RunStatus, str] | None = None
 
     def __post_init__(self) -> None:
-        self._send, self._receive = anyio.create_memory_object_stream[events.Event](1024)
+        self._spent: set[str] = set()
+        self._send, self._receive = anyio.create_memory_object_stream[events.Event](math.inf)
 
     def feed(self, event: events.Event) -> None:
-        """Queue an event for the loop; called from the event loop only."""
+        """Queue an event for the loop; called from the event loop only.
+
+        The queue has no bound: events are small, and devices resend what matters
+        no faster than once a second.
+        """
         self._send.send_nowait(event)
 
     def progress(self, device_id: str, progress: Progress) -> None:
@@ -122,16 +131,24 @@ class RunLoop:
         ended: tuple[RunStatus, str] | None = None
         async with anyio.create_task_group() as tasks:
             while ended is None:
-                event: events.Event = events.Tick()
-                deadline = self.coordinator.next_deadline()
-                patience_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-                with anyio.move_on_after(patience_s):
-                    event = await self._receive.receive()
+                event = await self._next_event()
                 for action in self.coordinator.handle(event, time.monotonic()):
                     await self._carry_out(action, tasks)
                 ended = self.ended
             tasks.cancel_scope.cancel()
         return ended or (RunStatus.FAILED, "the run's loop ended without a decision")
+
+    async def _next_event(self) -> events.Event:
+        """What is queued comes first: a wake-up time that has passed must not hide it."""
+        try:
+            return self._receive.receive_nowait()
+        except anyio.WouldBlock:
+            pass
+        deadline = self.coordinator.next_deadline()
+        patience_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        with anyio.move_on_after(patience_s):
+            return await self._receive.receive()
+        return events.Tick()
 
     async def _carry_out(self, action: events.Action, tasks: TaskGroup) -> None:
         match action:
@@ -220,15 +237,22 @@ class RunLoop:
             self.context.model_shape, manifest.ranks, len(self.context.labels)
         )
         try:
-            data = self.blobs.read(manifest.update.sha256)
-            if len(data) != manifest.update.size_bytes:
-                return f"blob has {len(data)} bytes, the manifest says {manifest.update.size_bytes}"
-            check_shapes(decode(data), expected)
-        except ProtocolError as error:
+            size_bytes = self.blobs.size_bytes(manifest.update.sha256)
+            if size_bytes != manifest.update.size_bytes:
+                return (
+                    f"blob has {size_bytes} bytes, the manifest says {manifest.update.size_bytes}"
+                )
+            if size_bytes > MAX_ADAPTER_BYTES:
+                return f"update of {size_bytes} bytes exceeds {MAX_ADAPTER_BYTES}"
+            check_shapes(decode(self.blobs.read(manifest.update.sha256)), expected)
+        except (ProtocolError, OSError) as error:
             return str(error)
         return None
 
     async def _aggregate(self, action: events.AggregateRound) -> None:
+        self._spent = {action.base.sha256} | {
+            update.manifest.update.sha256 for update in action.updates
+        }
         try:
             adapter = await anyio.to_thread.run_sync(self._new_adapter, action)
         except (LegendError, OSError, MemoryError) as error:
@@ -252,16 +276,20 @@ class RunLoop:
 
     async def _evaluate(self, action: events.EvaluateAdapter) -> None:
         metrics: dict[str, float | int | str | None] = {"round": action.round_number}
-        export = functools.partial(self._export, action.adapter, metrics)
+        # Hidden until its round is committed: the folder of results shows committed rounds.
+        export = functools.partial(self._export, action.adapter, metrics, CANDIDATE_FOLDER)
         try:
             folder = await anyio.to_thread.run_sync(export)
             result = await self.evaluator.evaluate(folder)
-        except LegendError as error:
+        except (LegendError, OSError) as error:
+            log.exception("evaluation_failed", round_number=action.round_number)
             self.feed(events.StepBroke(f"evaluation failed: {error}"))
             return
         self.feed(events.AdapterEvaluated(result.accuracy, result.loss))
 
-    def _export(self, adapter: BlobRef, metrics: dict[str, float | int | str | None]) -> Path:
+    def _export(
+        self, adapter: BlobRef, metrics: dict[str, float | int | str | None], name: str
+    ) -> Path:
         """Write the adapter as a PEFT folder: what is evaluated is what is delivered."""
         card = AdapterCard(
             title=f"{self.context.name}, round {metrics['round']}",
@@ -270,7 +298,7 @@ class RunLoop:
             metrics=metrics,
         )
         tensors = decode(self.blobs.read(adapter.sha256))
-        folder = self.folder / ADAPTER_FOLDER
+        folder = self.folder / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         export_adapter(tensors, self.context.model_dir, folder, card=card)
         return folder
@@ -296,10 +324,16 @@ class RunLoop:
                 "accuracy": result.accuracy,
                 "loss": result.loss,
             }
-            export = functools.partial(self._export, action.checkpoint.adapter, metrics)
+            adapter = action.checkpoint.adapter
+            export = functools.partial(self._export, adapter, metrics, ADAPTER_FOLDER)
             await anyio.to_thread.run_sync(export)
             await self.on_commit(self.context.run_id)
+            # Committed: nobody will ask again for what this round was made of.
+            for sha256 in self._spent - {adapter.sha256, self.context.evaluation_sha256}:
+                self.blobs.remove(sha256)
+            self._spent = set()
         self.live.clear()
+        self.commands.clear()
 
 
 def new_message_id() -> str:

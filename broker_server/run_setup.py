@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from broker_server.blobs import BlobStore
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import RunCheckpoint, RunPlan
-from broker_server.strategies import RunShape, Strategy, strategy_named
-from wire_protocol.errors import ConfigError
+from broker_server.strategies import DeviceCapacity, RunShape, Strategy, strategy_named
+from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.lora import Codec
-from wire_protocol.messages import BlobRef, TrainingRecipe
+from wire_protocol.messages import BlobRef, Command, RoundStart, TrainingRecipe, encode_message
 from wire_protocol.model_family import FAMILIES, ModelShape, adapter_shapes
 from wire_protocol.tensors import encode
 
@@ -48,8 +47,48 @@ def check_run(spec: RunSpec, shape: ModelShape) -> Strategy:
     if spec.task == "classification" and len(spec.labels) < 2:
         raise ConfigError("classification needs at least two labels; list them under 'labels'")
     strategy = strategy_named(spec.strategy, spec.strategy_options)
-    strategy.global_ranks(run_shape(spec, shape))
+    _rehearse(strategy, spec, shape)
     return strategy
+
+
+def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
+    """Configure one imaginary device and write its assignment: what breaks, breaks now."""
+    sizes = run_shape(spec, shape)
+    able = DeviceCapacity("rehearsal", 1e-6, 1e-6, 1e6, 1e6, 0.0, 0.0, 0.0, 0.0, 1e12, 1)
+    configuration = strategy.configure(sizes, [able], 1)
+    start = RoundStart(
+        run_id="r" * 40,
+        round_number=spec.rounds,
+        assignment_id="a" * 110,
+        ranks=configuration.global_ranks,
+        steps=spec.local_steps,
+        deadline_s=1.0,
+        seed=0,
+        recipe=recipe_of(spec),
+        adapter=BlobRef(sha256="0" * 64, size_bytes=2**40),
+        model_digest="0" * 64,
+    )
+    try:
+        encode_message(Command(command=start), message_id="m" * 40, sid=2**40)
+    except ProtocolError as error:
+        raise ConfigError(
+            f"an assignment of this run would not fit into a message ({error}); "
+            "use fewer or shorter labels"
+        ) from error
+
+
+def recipe_of(spec: RunSpec) -> TrainingRecipe:
+    """How every device of a run trains."""
+    return TrainingRecipe(
+        task=spec.task,
+        dataset=spec.dataset,
+        labels=spec.labels if spec.task == "classification" else (),
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        head_learning_rate=spec.head_learning_rate,
+        max_tokens=spec.max_tokens,
+        codec=spec.codec,
+    )
 
 
 def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
@@ -90,17 +129,7 @@ def prepare_run(
     """
     strategy = check_run(spec, shape)
     sizes = run_shape(spec, shape)
-    labels: Sequence[str] = spec.labels if spec.task == "classification" else ()
-    recipe = TrainingRecipe(
-        task=spec.task,
-        dataset=spec.dataset,
-        labels=tuple(labels),
-        batch_size=spec.batch_size,
-        learning_rate=spec.learning_rate,
-        head_learning_rate=spec.head_learning_rate,
-        max_tokens=spec.max_tokens,
-        codec=spec.codec,
-    )
+    recipe = recipe_of(spec)
     plan = RunPlan(
         run_id=run_id,
         rounds=spec.rounds,
@@ -116,7 +145,7 @@ def prepare_run(
     if checkpoint is not None:
         return PreparedRun(plan, strategy, RunCheckpoint.model_validate_json(checkpoint))
     ranks = strategy.global_ranks(sizes)
-    first = initial_adapter(shape, ranks, label_count=len(labels), seed=spec.seed)
+    first = initial_adapter(shape, ranks, label_count=len(recipe.labels), seed=spec.seed)
     data = encode(first, Codec.FP32)
     adapter = BlobRef(sha256=blobs.put(data), size_bytes=len(data))
     start = RunCheckpoint(

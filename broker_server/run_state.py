@@ -68,7 +68,8 @@ class RunCheckpoint(BaseModel):
     """Everything a killed server needs to go on with a run.
 
     ``members`` is empty between rounds. The updates of an open round are
-    stored one by one as they are acknowledged.
+    stored one by one as they are acknowledged. ``finished`` says why nothing
+    is left to do.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,6 +80,7 @@ class RunCheckpoint(BaseModel):
     baseline_done: bool
     tokens_per_step: float
     members: dict[str, MemberCheckpoint] = {}
+    finished: str | None = None
 
 
 class MemberResult(BaseModel):
@@ -146,7 +148,12 @@ class MemberStatus(str, Enum):
 
 @dataclass
 class Member:
-    """One device's part in the open round."""
+    """One device's part in the open round.
+
+    Attributes:
+        given_up: lost for longer than its grace; the round does not wait for
+            it, but takes its update as long as the round is open.
+    """
 
     checkpoint: MemberCheckpoint
     assigned_at: float
@@ -155,6 +162,7 @@ class Member:
     manifest: UpdateManifest | None = None
     completion_s: float | None = None
     detail: str = ""
+    given_up: bool = False
 
     @property
     def pending(self) -> bool:

@@ -1,7 +1,6 @@
-"""The server's mind beside the runs: devices in, runs one after another out.
+"""What devices say, and who hears it: the fleet, the store, the run that is active.
 
-Knows the fleet, the store and the queue of runs. Bytes from the broker become
-values in ``_handle``, and only there.
+Bytes from the broker become values in ``_handle``, and only there.
 """
 
 from __future__ import annotations
@@ -18,21 +17,15 @@ from broker_server import fleet as registry
 from broker_server import run_events as events
 from broker_server.blobs import BlobStore
 from broker_server.broker_address import BrokerAddress
-from broker_server.coordinator import Coordinator
-from broker_server.evaluator import EvaluationSetup, Evaluator
-from broker_server.model_registry import ModelRegistry, shape_of
+from broker_server.model_registry import ModelRegistry
 from broker_server.mqtt import BrokerConnected, BrokerLost, Incoming, ServerLink
-from broker_server.plots import write_plots
-from broker_server.run_folder import rewrite
-from broker_server.run_loop import RunContext, RunLoop, new_message_id
-from broker_server.run_setup import check_run, prepare_run
-from broker_server.run_spec import RunSpec
-from broker_server.run_state import RoundResult, RunStatus
-from broker_server.run_views import run_report
+from broker_server.run_loop import new_message_id
+from broker_server.run_queue import RunQueue
+from broker_server.run_state import RunStatus
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
-from broker_server.store import RunRecord, Store
-from wire_protocol.errors import ConfigError, LegendError, ProtocolError
+from broker_server.store import Store
+from wire_protocol.errors import ProtocolError
 from wire_protocol.messages import (
     Ack,
     Benchmark,
@@ -45,6 +38,7 @@ from wire_protocol.messages import (
     Progress,
     Rebirth,
     State,
+    Unmeasured,
     UpdateManifest,
     decode_message,
     encode_message,
@@ -70,14 +64,11 @@ class Server:
     broker: BrokerAddress
     link: ServerLink
     fleet: registry.Fleet = field(default_factory=registry.Fleet)
-    evaluator: Evaluator = field(default_factory=Evaluator)
     dropped: Counter[str] = field(default_factory=Counter)
-    active: RunLoop | None = None
-    active_spec: RunSpec | None = None
 
     def __post_init__(self) -> None:
         self.models = ModelRegistry(self.store, self.blobs, self.state.models)
-        self._queue, self._queued = anyio.create_memory_object_stream[str](1024)
+        self.runs = RunQueue(self.settings, self.state, self.store, self.models, self.fleet, self)
         self._asked_rebirth: dict[str, float] = {}
         self._lease_changed = anyio.Event()
         now = time.monotonic()
@@ -157,16 +148,24 @@ class Server:
                 self._update(device_id, envelope.id, manifest)
             case Channel.DEVICE_ACK:
                 _, ack = decode_message(Ack, item.payload)
-                if self.active:
-                    self.active.command_answered(ack)
+                if self.runs.active:
+                    self.runs.active.command_answered(ack)
             case _:
                 raise ProtocolError(f"{topic.channel.value} is not for the server")
 
     def _device_event(self, device_id: str, message_id: str, event: Event) -> None:
         match event.event:
             case Progress():
-                if self.active:
-                    self.active.progress(device_id, event.event)
+                if self.runs.active:
+                    self.runs.active.progress(device_id, event.event)
+            case Unmeasured():
+                unmeasured = event.event
+                log.warning("device_not_measured", device_id=device_id, detail=unmeasured.detail)
+                self._apply(
+                    self.fleet.could_not_measure(
+                        device_id, unmeasured.model_digest, unmeasured.detail
+                    )
+                )
             case Capability():
                 self._apply(self.fleet.measured(device_id, event.event.capability))
                 if known := self.fleet.devices.get(device_id):
@@ -180,10 +179,10 @@ class Server:
                     code=failure.code.value,
                     detail=failure.detail,
                 )
-                if self.active is None:
+                if self.runs.active is None:
                     self.ack(device_id, Ack(re=message_id, status="ok"))
                     return
-                self.active.feed(
+                self.runs.active.feed(
                     events.AssignmentFailed(
                         device_id,
                         failure.assignment_id,
@@ -194,12 +193,22 @@ class Server:
                 )
 
     def _update(self, device_id: str, message_id: str, manifest: UpdateManifest) -> None:
-        if self.active is None or self.active.context.run_id != manifest.run_id:
+        if self.runs.active is None or self.runs.active.context.run_id != manifest.run_id:
             self._answer_early_or_late(device_id, message_id, manifest.run_id)
+        elif self._counted_before(device_id, manifest):
+            self.ack(device_id, Ack(re=message_id, status="ok", code="duplicate"))
         elif not self.blobs.has(manifest.update.sha256):
             self.ack(device_id, Ack(re=message_id, status="rejected", code="missing_blob"))
         else:
-            self.active.feed(events.UpdateArrived(device_id, message_id, manifest))
+            self.runs.active.feed(events.UpdateArrived(device_id, message_id, manifest))
+
+    def _counted_before(self, device_id: str, manifest: UpdateManifest) -> bool:
+        """An update whose ack was lost, in a round that has been committed since."""
+        active = self.runs.active
+        if active and manifest.round_number >= active.coordinator.round_number:
+            return False
+        text = self.store.updates(manifest.run_id, manifest.round_number).get(device_id)
+        return text is not None and UpdateManifest.model_validate_json(text) == manifest
 
     def _answer_early_or_late(self, device_id: str, message_id: str, run_id: str) -> None:
         """An update of a run that does not run now: over, or about to go on after a restart."""
@@ -218,8 +227,8 @@ class Server:
                     self._device_is_there(change.device_id)
                 case registry.Left():
                     log.warning("device_lost", device_id=change.device_id, reason=change.reason)
-                    if self.active:
-                        self.active.feed(events.DeviceLost(change.device_id))
+                    if self.runs.active:
+                        self.runs.active.feed(events.DeviceLost(change.device_id))
                 case registry.NeedsRebirth():
                     self._ask_for_birth(change.device_id)
         self._lease_changed.set()
@@ -231,12 +240,14 @@ class Server:
             self.command(device_id, Command(command=Rebirth()))
 
     def _device_is_there(self, device_id: str) -> None:
-        if self.active and self.active_spec:
-            self._report(self.active, self.active_spec, device_id)
+        if self.runs.active:
+            self.runs.report(device_id)
             return
         models = self.models.rows()
         known = self.fleet.devices[device_id]
         compute = known.capability.compute
+        if models and models[-1].digest in known.unmeasurable:
+            return
         if models and (compute is None or compute.model_digest not in {m.digest for m in models}):
             self.measure([device_id], models[-1].digest)
 
@@ -244,16 +255,6 @@ class Server:
         """Ask devices to benchmark themselves with a base model."""
         for device_id in device_ids:
             self.command(device_id, Command(command=Benchmark(model_digest=digest)))
-
-    def _report(self, loop: RunLoop, spec: RunSpec, device_id: str) -> None:
-        capacity, note = self.fleet.capacity(
-            device_id,
-            model_digest=loop.coordinator.plan.model_digest,
-            dataset=spec.dataset,
-            labels=spec.labels if spec.task == "classification" else (),
-        )
-        self.fleet.devices[device_id].note = note
-        loop.feed(events.DeviceReported(device_id, capacity, note))
 
     async def watch_leases(self) -> None:
         """Notice devices that fell silent."""
@@ -264,131 +265,3 @@ class Server:
             with anyio.move_on_after(patience_s):
                 await self._lease_changed.wait()
             self._apply(self.fleet.expire(time.monotonic()))
-
-    # Runs
-
-    def launch(self, spec: RunSpec) -> str:
-        """Check a run and put it into the queue.
-
-        Raises:
-            ConfigError: something in it cannot work.
-        """
-        row = self.models.find(spec.model)
-        check_run(spec, shape_of(row))
-        if not self.blobs.has(spec.evaluation.sha256):
-            raise ConfigError("the held-out file is not uploaded; send its blob first")
-        name = "".join(c if c.isalnum() else "-" for c in spec.name.lower()).strip("-") or "run"
-        run_id = f"{name[:24]}-{new_message_id()[:6]}"
-        # By digest: a name may come to mean another model while the run waits.
-        pinned = spec.model_copy(update={"model": row.digest})
-        self.store.create_run(run_id, pinned.model_dump_json())
-        self._queue.send_nowait(run_id)
-        return run_id
-
-    def cancel(self, run_id: str) -> None:
-        """Stop a run, queued or running.
-
-        Raises:
-            ConfigError: no such run, or it has ended.
-        """
-        record = self.store.run(run_id)
-        if record is None:
-            raise ConfigError(f"no run {run_id!r}; list them: legend runs")
-        if self.active and self.active.context.run_id == run_id:
-            self.active.feed(events.CancelRequested("cancelled by the operator"))
-        elif record.status == RunStatus.QUEUED.value:
-            self.store.set_status(run_id, RunStatus.CANCELLED.value, "cancelled by the operator")
-        else:
-            raise ConfigError(f"run {run_id} is {record.status} already")
-
-    async def work_through_runs(self) -> None:
-        """Run what was running before a restart, then what waits, one at a time."""
-        for record in self.store.runs():
-            if record.status in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
-                self._queue.send_nowait(record.run_id)
-        async for run_id in self._queued:
-            found = self.store.run(run_id)
-            if found and found.status in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
-                await self._run(found)
-
-    async def _run(self, record: RunRecord) -> None:
-        structlog.contextvars.bind_contextvars(run_id=record.run_id)
-        try:
-            loop = await self._prepare(record)
-            self.store.set_status(record.run_id, RunStatus.RUNNING.value)
-            for device_id, known in self.fleet.devices.items():
-                if known.online and self.active_spec:
-                    self._report(loop, self.active_spec, device_id)
-            status, reason = await loop.run()
-        except LegendError as error:
-            status, reason = RunStatus.FAILED, str(error)
-        finally:
-            self.active = self.active_spec = None
-        log.info("run_ended", status=status.value, reason=reason)
-        self.store.set_status(record.run_id, status.value, reason)
-        await self._write_results(record.run_id)
-        structlog.contextvars.unbind_contextvars("run_id")
-
-    async def _prepare(self, record: RunRecord) -> RunLoop:
-        spec = RunSpec.model_validate_json(record.spec)
-        row = self.models.find(spec.model)
-        shape = shape_of(row)
-        prepared = prepare_run(
-            record.run_id,
-            spec,
-            shape=shape,
-            digest=row.digest,
-            blobs=self.blobs,
-            checkpoint=record.checkpoint,
-        )
-        labels = spec.labels if spec.task == "classification" else ()
-        setup = EvaluationSetup(
-            model_dir=self.models.folder(row.digest),
-            task=spec.task,
-            file=self.blobs.path(spec.evaluation.sha256),
-            labels=labels,
-            max_tokens=spec.max_tokens,
-            threads=self.settings.evaluation_threads,
-        )
-        await self.evaluator.prepare(setup)
-        recorded = {
-            device_id: UpdateManifest.model_validate_json(text)
-            for device_id, text in self.store.updates(
-                record.run_id, prepared.checkpoint.round_number
-            ).items()
-            if device_id in prepared.checkpoint.members
-        }
-        context = RunContext(
-            record.run_id, spec.name, setup.model_dir, row.name, shape, tuple(labels)
-        )
-        rho = prepared.strategy.rho
-        self.active_spec = spec
-        self.active = RunLoop(
-            context,
-            Coordinator(prepared.plan, prepared.strategy, prepared.checkpoint, recorded),
-            self.store,
-            self.blobs,
-            self.evaluator,
-            folder=self.state.runs / record.run_id,
-            post=self,
-            on_report=lambda device_id, manifest: self._learn(device_id, manifest, rho),
-            on_commit=self._write_results,
-        )
-        return self.active
-
-    def _learn(self, device_id: str, manifest: UpdateManifest, rho: float) -> None:
-        self.fleet.learn(device_id, manifest, rho=rho)
-        if self.active and self.active_spec and self.fleet.devices[device_id].online:
-            self._report(self.active, self.active_spec, device_id)
-
-    async def _write_results(self, run_id: str) -> None:
-        """Bring the result folder up to date with the store."""
-        record = self.store.run(run_id)
-        if record is None:
-            return
-        rounds = [RoundResult.model_validate_json(text) for text in self.store.rounds(run_id)]
-        report = run_report(record, rounds)
-        folder = self.state.runs / run_id
-        await anyio.to_thread.run_sync(rewrite, folder, report)
-        if record.status not in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
-            await anyio.to_thread.run_sync(write_plots, folder, report)

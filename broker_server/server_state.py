@@ -62,12 +62,12 @@ class ServerState:
         finally:
             os.close(descriptor)
 
-    def next_epoch(self) -> int:
+    def count_start(self) -> int:
         """Count this start; survives restarts."""
-        path = self.root / "epoch"
-        epoch = int(path.read_text()) + 1 if path.exists() else 1
-        write_file(path, f"{epoch}\n".encode())
-        return epoch
+        path = self.root / "start_number"
+        start_number = int(path.read_text()) + 1 if path.exists() else 1
+        write_file(path, f"{start_number}\n".encode())
+        return start_number
 
     def announce(self, url: str) -> None:
         """Say where the API is, once it answers."""

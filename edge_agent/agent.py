@@ -41,6 +41,14 @@ from wire_protocol.messages import (
 from wire_protocol.topics import Channel, DeviceTopic, parse_topic
 
 log = structlog.get_logger()
+LOSSES_BEFORE_ASKING = 5
+"""Connections lost or refused in a row before the broker is looked up again."""
+
+UPDATE_PREFIX = "update-"
+FAILURE_PREFIX = "failure-"
+STOP_PATIENCE_S = 5.0
+"""How long the trainer may take to end its step; killed, it would lose its warm model."""
+
 CACHED_ADAPTER_BYTES = 256 * 2**20
 PROGRESS_INTERVAL_S = 1.0
 """Progress is for people: more often than this says nothing new and costs traffic."""
@@ -52,6 +60,7 @@ class Agent:
     Args:
         workshop: what assignments are worked on with.
         link: the connection to the broker.
+        on_hopeless: called when this broker does not take us in any more.
         status: what ``edge-agent status`` shows.
         notifier: systemd.
         rng: for jitter.
@@ -62,6 +71,7 @@ class Agent:
         workshop: Workshop,
         link: DeviceLink,
         *,
+        on_hopeless: Callable[[], None],
         status: StatusFile,
         notifier: Notifier,
         rng: random.Random,
@@ -71,13 +81,21 @@ class Agent:
         self.link = link
         self.status = status
         self.notifier = notifier
-        self.session = session.Session(self.settings.heartbeat_s, rng)
         self.outbox = Outbox(workshop.state.outbox, rng=rng, now=time.monotonic())
+        self.session = session.Session(
+            self.settings.heartbeat_s,
+            rng,
+            updated=self._owed(UPDATE_PREFIX),
+            given_up=self._owed(FAILURE_PREFIX),
+        )
         self.boot_id = uuid.uuid4().hex
         self.datasets = describe_datasets(self.settings)
         self.dropped = 0
         self._progress_at = 0.0
+        self._on_hopeless = on_hopeless
+        self._losses = 0
         self._work_scope: anyio.CancelScope | None = None
+        self._work_ended = anyio.Event()
         self._send: MemoryObjectSendStream[session.Event]
         self._receive: MemoryObjectReceiveStream[session.Event]
         self._send, self._receive = anyio.create_memory_object_stream[session.Event](64)
@@ -116,16 +134,26 @@ class Agent:
             match item:
                 case Connected():
                     log.info("broker_connected", sid=item.sid)
+                    self._losses = 0
                     await self._send.send(session.Connected(item.sid))
                 case Disconnected():
                     log.warning("broker_lost", reason=item.reason, retry_in_s=item.retry_in_s)
                     await self._send.send(session.Disconnected())
+                    self._losses += 1
+                    if self._losses >= LOSSES_BEFORE_ASKING:
+                        self._look_for_the_broker()
                 case CredentialsRefused():
                     log.error("broker_refused_password", times=item.times, reason=item.reason)
                     await self._send.send(session.Disconnected())
+                    self._look_for_the_broker()
                 case Received():
                     if (event := self._event_from(item)) is not None:
                         await self._send.send(event)
+
+    def _look_for_the_broker(self) -> None:
+        """Ask the server where the broker is now; never at the price of work in progress."""
+        if self.session.busy_with is None:
+            self._on_hopeless()
 
     def _event_from(self, item: Received) -> session.Event | None:
         try:
@@ -175,7 +203,7 @@ class Agent:
             case session.StartBenchmark():
                 tasks.start_soon(self._benchmark, action, name="benchmark")
             case session.PostUpdate():
-                message_id = f"update-{action.manifest.assignment_id}"
+                message_id = UPDATE_PREFIX + action.manifest.assignment_id
                 self._post(Channel.UPDATE, action.manifest, message_id)
             case session.PostFailure():
                 log.warning(
@@ -184,13 +212,19 @@ class Agent:
                     code=action.failure.code.value,
                     detail=action.failure.detail,
                 )
-                message_id = f"failure-{action.failure.assignment_id}"
+                message_id = FAILURE_PREFIX + action.failure.assignment_id
                 self._post(Channel.EVENT, Event(event=action.failure), message_id)
             case session.PostCapability():
                 self._publish(
                     Channel.EVENT,
                     Event(event=Capability(capability=action.capability)),
                     uuid.uuid4().hex,
+                )
+            case session.PostUnmeasured():
+                self._publish(Channel.EVENT, Event(event=action.unmeasured), uuid.uuid4().hex)
+            case session.PostponeOutbox():
+                self.outbox.postpone(
+                    action.message_id, now=time.monotonic(), at_least_s=action.retry_after_s
                 )
             case session.ClearOutbox():
                 self._clear(action)
@@ -232,9 +266,18 @@ class Agent:
             return
         if action.rejected:
             log.warning("update_rejected", message_id=action.message_id, why=action.rejected)
-        kind, _, assignment_id = action.message_id.partition("-")
-        if kind in ("update", "failure"):
-            self.workshop.state.forget_round(assignment_id)
+        for prefix in (UPDATE_PREFIX, FAILURE_PREFIX):
+            assignment_id = action.message_id.removeprefix(prefix)
+            if assignment_id not in (action.message_id, self.session.busy_with):
+                self.workshop.state.forget_round(assignment_id)
+
+    def _owed(self, prefix: str) -> list[str]:
+        """Assignments whose answer of this kind is still in the outbox."""
+        return [
+            message_id.removeprefix(prefix)
+            for message_id in self.outbox.message_ids
+            if message_id.startswith(prefix)
+        ]
 
     def _birth(self) -> Birth:
         device = self.workshop.device
@@ -243,7 +286,9 @@ class Agent:
             agent_version=version("legend-edge"),
             board=device.board,
             emulated=device.emulation.label if device.emulation else None,
-            capability=current_capability(device, self.workshop.state),
+            capability=current_capability(
+                device, self.workshop.state, trainer_pid=self.workshop.trainer.pid
+            ),
             datasets=self.datasets,
             heartbeat_s=self.settings.heartbeat_s,
         )
@@ -253,7 +298,9 @@ class Agent:
     async def _work(self, action: session.StartWork) -> None:
         start = action.start
         log.info("assignment_started", assignment_id=start.assignment_id, depth=start.lora.depth)
+        self.workshop.state.keep_rounds({start.assignment_id, *self._owed(UPDATE_PREFIX)})
         outcome: session.Event
+        self._work_ended = anyio.Event()
         with anyio.CancelScope() as scope:
             self._work_scope = scope
             outcome = await _outcome(
@@ -264,15 +311,22 @@ class Agent:
                 start.assignment_id, FailureCode.CANCELLED, "the server cancelled it"
             )
         self._work_scope = None
+        self._work_ended.set()
         if isinstance(outcome, session.WorkFailed):
             self.workshop.state.forget_round(start.assignment_id)
         self.workshop.state.trim_blobs(CACHED_ADAPTER_BYTES)
         await self._send.send(outcome)
 
     async def _stop_work(self) -> None:
+        scope = self._work_scope
+        if scope is None:
+            return
+        ended = self._work_ended
         await self.workshop.trainer.cancel()
-        if self._work_scope:
-            self._work_scope.cancel()
+        with anyio.move_on_after(STOP_PATIENCE_S):
+            await ended.wait()
+            return
+        scope.cancel()
 
     async def _benchmark(self, action: session.StartBenchmark) -> None:
         shop = self.workshop
@@ -293,6 +347,9 @@ class Agent:
         except LegendError as error:
             log.error("benchmark_failed", error=str(error))
             outcome = session.BenchmarkFailed(str(error))
+        except Exception as error:
+            log.exception("benchmark_crashed")
+            outcome = session.BenchmarkFailed(f"{type(error).__name__}: {error}")
         await self._send.send(outcome)
 
     def _progress(self, progress: Progress) -> None:

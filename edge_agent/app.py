@@ -9,7 +9,6 @@ import sys
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
 from edge_agent.agent import Agent
 from edge_agent.blobs import BlobClient
@@ -17,7 +16,7 @@ from edge_agent.capability import Device, this_device
 from edge_agent.emulation import emulation_of
 from edge_agent.join import find_broker
 from edge_agent.link import ShapedLink
-from edge_agent.mqtt import DeviceLink
+from edge_agent.mqtt import BrokerLogin, DeviceLink
 from edge_agent.notify import Notifier
 from edge_agent.round_work import Workshop
 from edge_agent.settings import AgentSettings
@@ -28,6 +27,9 @@ from wire_protocol.errors import LegendError
 from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
+
+LOOK_AGAIN_S = 10.0
+"""Longest pause before a broker that refused us is looked up again."""
 
 
 async def run_agent(settings: AgentSettings) -> None:
@@ -46,7 +48,7 @@ async def run_agent(settings: AgentSettings) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, name="signals")
             try:
-                await _serve(device, state, notifier, tasks)
+                await _serve(device, state, notifier)
             except LegendError as error:
                 # Raised here it would leave the group wrapped, and not as one line.
                 failure = error
@@ -55,7 +57,7 @@ async def run_agent(settings: AgentSettings) -> None:
             raise failure
 
 
-async def _serve(device: Device, state: StateDir, notifier: Notifier, tasks: TaskGroup) -> None:
+async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
     settings = device.settings
     rng = random.Random()  # noqa: S311 - jitter, not secrets
     shape = device.emulation.link if device.emulation else None
@@ -68,19 +70,42 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier, tasks: Tas
         BlobClient(settings.server, token=settings.token) as provisioning,
         BlobClient(settings.server, token=settings.token, link=ShapedLink(shape)) as blobs,
     ):
-        login = await find_broker(settings, provisioning, rng)
-        topic = DeviceTopic(settings.fleet, settings.device_id, Channel.STATE)
-        link = DeviceLink(login, topic, next_sid=state.counter("sid").increment)
+        workshop = Workshop(device, state, blobs, provisioning, trainer)
         try:
-            async with link:
-                workshop = Workshop(device, state, blobs, provisioning, trainer)
-                status = StatusFile(state.root)
-                agent = Agent(workshop, link, status=status, notifier=notifier, rng=rng)
-                await agent.run(tasks)
+            while True:
+                login = await find_broker(settings, provisioning, rng)
+                await _stay_connected(workshop, login, notifier, rng)
+                await anyio.sleep(rng.uniform(0, LOOK_AGAIN_S))
         finally:
             notifier.stopping("stopping")
             with anyio.CancelScope(shield=True):
                 await trainer.close()
+
+
+async def _stay_connected(
+    workshop: Workshop, login: BrokerLogin, notifier: Notifier, rng: random.Random
+) -> None:
+    """Serve over one broker; returns when it should be looked for again."""
+    settings, state = workshop.device.settings, workshop.state
+    topic = DeviceTopic(settings.fleet, settings.device_id, Channel.STATE)
+    link = DeviceLink(login, topic, next_sid=state.counter("sid").increment)
+
+    def give_up() -> None:
+        # A broker named in the settings is the only one there is: keep trying it.
+        if settings.broker is None:
+            log.warning("broker_looked_for_again")
+            tasks.cancel_scope.cancel()
+
+    async with link, anyio.create_task_group() as tasks:
+        agent = Agent(
+            workshop,
+            link,
+            on_hopeless=give_up,
+            status=StatusFile(state.root),
+            notifier=notifier,
+            rng=rng,
+        )
+        await agent.run(tasks)
 
 
 async def _stop_on_signal(scope: anyio.CancelScope) -> None:

@@ -83,7 +83,7 @@ async def measure_device(
     on_step(0, 1, "timing the disk")
     disk_bytes_per_s = await anyio.to_thread.run_sync(measure_disk, state.cache)
     result = await _measure_training(device, state, trainer, model.folder, on_step)
-    return plain_capability(device, state).model_copy(
+    return plain_capability(device, state, trainer_pid=trainer.pid).model_copy(
         update={
             "fingerprint": device.fingerprint(model.digest),
             "disk_write_bytes_per_s": disk_bytes_per_s,
@@ -107,7 +107,9 @@ async def _measure_training(
         "threads": device.settings.threads,
         "precision": device.precision,
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
-        "memory_limit_bytes": None if emulation else device.memory_budget_bytes(),
+        "memory_limit_bytes": None
+        if emulation
+        else device.memory_budget_bytes(trainer_pid=trainer.pid),
         "onnx": device.settings.benchmark_onnx,
         "work_dir": str(state.cache),
     }

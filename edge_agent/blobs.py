@@ -60,6 +60,10 @@ class BlobClient:
         self._patience = patience or Patience()
         self._server = ServerConnection(server_url, token=token, answer_s=self._patience.answer_s)
         self._one_model_at_a_time = anyio.Lock()
+        self.sent_bytes = 0
+        """Blob bytes that went up so far, whatever became of them."""
+        self.received_bytes = 0
+        """Blob bytes that came down so far."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -218,6 +222,7 @@ class BlobClient:
             with part.open("ab" if done else "wb") as file:
                 async for chunk in response.aiter_raw(_CHUNK_BYTES):
                     done += len(chunk)
+                    self.received_bytes += len(chunk)
                     if done > ref.size_bytes:
                         raise Rejected(response.status_code, "it is longer than announced")
                     await to_thread.run_sync(file.write, chunk)
@@ -249,6 +254,7 @@ class BlobClient:
             headers = {"Upload-Offset": str(offset)}
             await self._send("PATCH", f"/v1/blobs/{ref.sha256}", piece, headers)
             offset += len(piece)
+            self.sent_bytes += len(piece)
             retries.progressed()
             if on_progress is not None:
                 on_progress(offset, ref.size_bytes)

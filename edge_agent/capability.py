@@ -62,9 +62,14 @@ class Device:
         """Number format that the board profile allows for training."""
         return load_board(self.facts.board_id).precision
 
-    def memory_budget_bytes(self) -> int:
-        """Memory that training may use now."""
-        limits = [memory_budget(self.settings.sysroot).available_bytes]
+    def memory_budget_bytes(self, *, trainer_pid: int | None) -> int:
+        """Memory that the trainer may hold in all.
+
+        Args:
+            trainer_pid: a warm trainer, whose memory is not free but its own.
+        """
+        held = resident_bytes(trainer_pid) if trainer_pid else 0
+        limits = [memory_budget(self.settings.sysroot).available_bytes + held]
         if self.emulation:
             limits.append(self.emulation.memory_bytes)
         if self.settings.memory_limit_bytes:
@@ -94,13 +99,15 @@ def this_device(settings: AgentSettings, emulation: Emulation | None) -> Device:
     return Device(settings, emulation, detect_board(settings.sysroot, machine=platform.machine()))
 
 
-def plain_capability(device: Device, state: StateDir) -> CapabilityProfile:
+def plain_capability(
+    device: Device, state: StateDir, *, trainer_pid: int | None = None
+) -> CapabilityProfile:
     """What can be said without a benchmark; cheap enough for every birth."""
     reading = device.sensors()
     power_mode = device.emulation.power_mode if device.emulation else device.facts.power_mode
     return CapabilityProfile(
         fingerprint=device.fingerprint(""),
-        memory_budget_bytes=device.memory_budget_bytes(),
+        memory_budget_bytes=device.memory_budget_bytes(trainer_pid=trainer_pid),
         disk_free_bytes=shutil.disk_usage(state.root).free,
         cpu_count=device.facts.cpu_count,
         accelerator=load_board(device.board).accelerator,
@@ -110,9 +117,11 @@ def plain_capability(device: Device, state: StateDir) -> CapabilityProfile:
     )
 
 
-def current_capability(device: Device, state: StateDir) -> CapabilityProfile:
+def current_capability(
+    device: Device, state: StateDir, *, trainer_pid: int | None = None
+) -> CapabilityProfile:
     """The last benchmark that still holds, with today's budgets; else without one."""
-    plain = plain_capability(device, state)
+    plain = plain_capability(device, state, trainer_pid=trainer_pid)
     cached = _last_benchmark(state)
     if cached is None or cached.compute is None:
         return plain
@@ -145,6 +154,15 @@ def describe_datasets(settings: AgentSettings) -> dict[str, DatasetReport]:
 def remember_benchmark(state: StateDir, capability: CapabilityProfile) -> None:
     """Keep a benchmark for the next start."""
     write_durably(_cache_file(state), capability.model_dump_json().encode())
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process holds now; 0 when it is gone. Source: proc(5), statm."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_disk(folder: Path) -> float:

@@ -97,7 +97,7 @@ def _state_directory(settings: AgentSettings) -> Iterator[Finding]:
 
 
 def _memory(settings: AgentSettings) -> Iterator[Finding]:
-    budget = this_device(settings, None).memory_budget_bytes()
+    budget = this_device(settings, None).memory_budget_bytes(trainer_pid=None)
     enough = budget >= LEAST_MEMORY_BYTES
     yield Finding(
         "memory",

@@ -122,6 +122,11 @@ class Outbox:
     def __contains__(self, message_id: object) -> bool:
         return message_id in self._messages
 
+    @property
+    def message_ids(self) -> tuple[str, ...]:
+        """What waits for an acknowledgement, oldest first."""
+        return tuple(self._messages)
+
     def add(self, message: OutgoingMessage, *, now: float) -> None:
         """Keep a message until it is acknowledged; it is on disk before this returns.
 

@@ -23,10 +23,13 @@ from edge_agent.settings import DatasetSettings
 from edge_agent.state_dir import StateDir, write_durably
 from edge_agent.trainer import Trainer
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.lora import LoraConfig
+from wire_protocol.lora import Codec, LoraConfig
 from wire_protocol.messages import BlobRef, Progress, RoundStart, StepReport, UpdateManifest
 
 log = structlog.get_logger()
+
+CODEC_SHARE = {Codec.FP32: 1.0, Codec.FP16: 0.5, Codec.INT8: 0.28}
+"""Bytes of an update over those of the same tensors in fp32, as the global adapter has them."""
 
 DOWNLOAD_FILE = "download.json"
 
@@ -78,9 +81,13 @@ async def do_round(
             ),
         )
     on_progress(Progress(assignment_id=start.assignment_id, phase="uploading"))
-    began = time.monotonic()
+    began, sent_before = time.monotonic(), shop.blobs.sent_bytes
     update = await shop.blobs.upload(round_dir / UPDATE_FILE)
-    return _manifest(shop, start, round_dir, update=update, upload_s=time.monotonic() - began)
+    sending = {
+        "upload_s": time.monotonic() - began,
+        "upload_bytes": shop.blobs.sent_bytes - sent_before,
+    }
+    return _manifest(shop, start, round_dir, update=update, sending=sending)
 
 
 async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
@@ -88,12 +95,11 @@ async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
     round_dir.mkdir(parents=True, exist_ok=True)
     await shop.provisioning.fetch_model(start.model_digest, shop.state.cache)
     target = shop.state.blobs / start.adapter.sha256
-    was_here = target.exists()
-    began = time.monotonic()
+    began, received_before = time.monotonic(), shop.blobs.received_bytes
     await shop.blobs.download(start.adapter.sha256, start.adapter.size_bytes, target)
     spent = {
-        "download_s": 0.0 if was_here else time.monotonic() - began,
-        "download_bytes": 0 if was_here else start.adapter.size_bytes,
+        "download_s": time.monotonic() - began,
+        "download_bytes": shop.blobs.received_bytes - received_before,
     }
     write_durably(round_dir / DOWNLOAD_FILE, json.dumps(spent).encode())
 
@@ -130,10 +136,14 @@ def _write_assignment(
         "gradient_checkpointing": admitted.gradient_checkpointing,
         "precision": device.precision,
         "threads": device.settings.threads,
-        "memory_limit_bytes": None if emulation else device.memory_budget_bytes(),
+        "memory_limit_bytes": None if emulation else _budget_bytes(shop),
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
     }
     write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode())
+
+
+def _budget_bytes(shop: Workshop) -> int:
+    return shop.device.memory_budget_bytes(trainer_pid=shop.trainer.pid)
 
 
 def _upload_estimate_s(shop: Workshop, start: RoundStart) -> float:
@@ -141,7 +151,8 @@ def _upload_estimate_s(shop: Workshop, start: RoundStart) -> float:
     link = current_capability(shop.device, shop.state).link
     if link is None:
         return 0.0
-    return start.adapter.size_bytes / link.up_bytes_per_s + 4 * link.round_trip_s
+    share = start.lora.depth / start.lora.layer_count * CODEC_SHARE[start.recipe.codec]
+    return start.adapter.size_bytes * share / link.up_bytes_per_s + 4 * link.round_trip_s
 
 
 def _dataset(shop: Workshop, name: str) -> DatasetSettings:
@@ -165,12 +176,17 @@ def _admit(shop: Workshop, start: RoundStart) -> Admitted:
             reason="not measured yet",
         )
     request = AdmissionRequest(start.lora, recipe.batch_size, recipe.max_tokens)
-    budget_bytes = shop.device.memory_budget_bytes()
+    budget_bytes = _budget_bytes(shop)
     return admit(request, MemoryModel.of(compute), budget_bytes=budget_bytes)
 
 
 def _manifest(
-    shop: Workshop, start: RoundStart, round_dir: Path, *, update: BlobRef, upload_s: float
+    shop: Workshop,
+    start: RoundStart,
+    round_dir: Path,
+    *,
+    update: BlobRef,
+    sending: dict[str, float],
 ) -> UpdateManifest:
     try:
         result = json.loads((round_dir / RESULT_FILE).read_text(encoding="utf-8"))
@@ -183,7 +199,7 @@ def _manifest(
             ranks=tuple(result["ranks"]),
             update=update,
             examples=result["examples"],
-            report=StepReport.model_validate({**result["report"], **spent, "upload_s": upload_s}),
+            report=StepReport.model_validate({**result["report"], **spent, **sending}),
             emulated=shop.device.emulation.label if shop.device.emulation else None,
         )
     except (OSError, KeyError, ValueError) as error:

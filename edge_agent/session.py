@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from typing_extensions import assert_never
@@ -27,6 +28,7 @@ from wire_protocol.messages import (
     Rebirth,
     RoundCancel,
     RoundStart,
+    Unmeasured,
     UpdateManifest,
 )
 
@@ -87,7 +89,7 @@ class BenchmarkFinished:
 
 @dataclass(frozen=True)
 class BenchmarkFailed:
-    """It could not; the reason is for the log."""
+    """It could not, and why."""
 
     detail: str
 
@@ -174,6 +176,21 @@ class PostCapability:
 
 
 @dataclass(frozen=True)
+class PostUnmeasured:
+    """Tell the server why there is no capability profile."""
+
+    unmeasured: Unmeasured
+
+
+@dataclass(frozen=True)
+class PostponeOutbox:
+    """The server is busy: send this message again, but not before that."""
+
+    message_id: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
 class ClearOutbox:
     """The server has it: delete the message, and its round when it was an update."""
 
@@ -196,6 +213,8 @@ Action = (
     | PostUpdate
     | PostFailure
     | PostCapability
+    | PostUnmeasured
+    | PostponeOutbox
     | ClearOutbox
     | ResendOutbox
 )
@@ -207,9 +226,18 @@ class Session:
     Args:
         heartbeat_s: mean seconds between heartbeats.
         rng: for jitter.
+        updated: assignments whose update was still in the outbox at the start.
+        given_up: the same for failures.
     """
 
-    def __init__(self, heartbeat_s: float, rng: random.Random) -> None:
+    def __init__(
+        self,
+        heartbeat_s: float,
+        rng: random.Random,
+        *,
+        updated: Iterable[str] = (),
+        given_up: Iterable[str] = (),
+    ) -> None:
         self.heartbeat_s = heartbeat_s
         self.sid = 0
         self.connected = False
@@ -218,8 +246,8 @@ class Session:
         self._next_start: RoundStart | None = None
         self._next_benchmark: str | None = None
         self._cancelled = False
-        self._updated: deque[str] = deque(maxlen=REMEMBERED_ASSIGNMENTS)
-        self._given_up: deque[str] = deque(maxlen=REMEMBERED_ASSIGNMENTS)
+        self._updated = deque(updated, maxlen=REMEMBERED_ASSIGNMENTS)
+        self._given_up = deque(given_up, maxlen=REMEMBERED_ASSIGNMENTS)
         self._rng = rng
         self._sequence = 0
         self._heartbeat_at = math.inf
@@ -248,7 +276,7 @@ class Session:
                 return self._command(event, now)
             case AckArrived():
                 if event.ack.status == "busy":
-                    return []  # the outbox sends it again
+                    return [PostponeOutbox(event.ack.re, event.ack.retry_after_s)]
                 rejected = event.ack.detail or event.ack.code
                 return [
                     ClearOutbox(event.ack.re, rejected if event.ack.status == "rejected" else "")
@@ -263,8 +291,7 @@ class Session:
                 self.benchmarking = None
                 return [PostCapability(event.capability), *self._next_work()]
             case BenchmarkFailed():
-                self.benchmarking = None
-                return self._next_work()
+                return self._benchmark_failed(event)
             case Tick():
                 return self._tick(now)
             case _:
@@ -355,6 +382,13 @@ class Session:
             self.benchmarking, self._next_benchmark = self._next_benchmark, None
             return [StartBenchmark(self.benchmarking)]
         return []
+
+    def _benchmark_failed(self, event: BenchmarkFailed) -> list[Action]:
+        digest, self.benchmarking = self.benchmarking, None
+        if digest is None:
+            return self._next_work()
+        unmeasured = Unmeasured(model_digest=digest, detail=event.detail[:500])
+        return [PostUnmeasured(unmeasured), *self._next_work()]
 
     def _work_failed(self, event: WorkFailed) -> list[Action]:
         wanted = not self._cancelled

@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +110,12 @@ class StateDir:
                 path.unlink(missing_ok=True)
                 removed_bytes += status.st_size
         return removed_bytes
+
+    def keep_rounds(self, wanted: Collection[Identifier]) -> None:
+        """Delete the round directories of all other assignments, left by an earlier life."""
+        for folder in self.rounds.iterdir():
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def counter(self, name: str) -> Counter:
         """The persisted counter of this name, e.g. ``sid``."""

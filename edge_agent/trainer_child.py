@@ -86,7 +86,7 @@ class Outbox:
         self._stream.flush()
 
 
-class Worker:
+class ChildLoop:
     """Carries commands out and turns every way to fail into one event."""
 
     def __init__(self, outbox: Outbox) -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     outbox = Outbox(_private_stdout())
     inbox = Inbox()
     threading.Thread(target=inbox.read, args=(sys.stdin,), daemon=True).start()
-    worker = Worker(outbox)
+    worker = ChildLoop(outbox)
     while True:
         command = inbox.next()
         if command is None:

@@ -156,23 +156,36 @@ class Capability(Part):
     capability: CapabilityProfile
 
 
+class Unmeasured(Part):
+    """The benchmark that was asked for did not work, and why."""
+
+    kind: Literal["unmeasured"] = "unmeasured"
+    model_digest: Sha256
+    detail: Line
+
+
 class Event(Part):
     """Anything that happens between birth and update."""
 
-    event: Annotated[Progress | Failure | Capability, Field(discriminator="kind")]
+    event: Annotated[Progress | Failure | Capability | Unmeasured, Field(discriminator="kind")]
 
 
 class StepReport(Part):
-    """What the assignment really cost; feeds the server's capacity estimates."""
+    """What the assignment really cost; feeds the server's capacity estimates.
 
-    steps_done: int = Field(ge=1)
-    tokens: int = Field(ge=1)
+    The bytes are those that really crossed the link in the seconds beside
+    them: what was cached, or there from an earlier attempt, does not count.
+    """
+
+    steps_done: int = Field(ge=1, le=2**53)
+    tokens: int = Field(ge=1, le=2**53)
     forward_s: Seconds
     backward_s: Seconds
     training_s: Seconds
     download_s: Seconds
     download_bytes: Count
     upload_s: Seconds
+    upload_bytes: Count
     peak_memory_bytes: Count
     batch_size: int = Field(ge=1)
     gradient_checkpointing: bool = False
@@ -193,7 +206,7 @@ class UpdateManifest(Part):
     base_sha256: Sha256
     ranks: tuple[int, ...]
     update: BlobRef
-    examples: int = Field(ge=1)
+    examples: int = Field(ge=1, le=2**53)
     report: StepReport
     emulated: Line | None = None
 

@@ -61,6 +61,8 @@ def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
     adapter: Dict[str, NDArray[np.float32]] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE):
+            if name[: -len(_SCALE)] not in tensors:
+                raise ProtocolError(f"scale {name[:80]!r} has no tensor")
             continue
         values = _dequantise(name, tensors) if tensor.dtype == np.int8 else tensor
         if values.dtype not in (np.float32, np.float16):

@@ -31,7 +31,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     state = ServerState(tmp_path)
     store = Store.in_folder(tmp_path)
     settings = ServerSettings(fleet="home", state_dir=tmp_path, token="secret")
-    link = ServerLink(BROKER, fleet="home", epoch=1)
+    link = ServerLink(BROKER, fleet="home", start_number=1)
     yield Server(settings, state, store, BlobStore(state.blobs), BROKER, link)
     store.close()
 
@@ -49,6 +49,7 @@ def ask(server: Server) -> Ask:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(make_api(server), client=(host, 5000))
             headers = {"Authorization": f"Bearer {token}"} if token else {}
+            headers |= body.pop("more", {})
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
                 return await client.request(method, path, headers=headers, **body)
 
@@ -80,6 +81,14 @@ def test_without_the_token_nothing_is_told(
     assert answer.status_code == 401
     assert answer.json()["error"] == "unauthorised"
     assert "secret" not in answer.text
+
+
+def test_a_stranger_learns_nothing_about_a_body_and_an_endless_one_is_refused(ask: Ask) -> None:
+    assert ask("POST", "/v1/runs", token=None, content=b"{not json").status_code == 401
+
+    chunked = {"Transfer-Encoding": "chunked"}
+    assert ask("POST", "/v1/runs", content=b"x" * 2_000_000).status_code == 413
+    assert ask("POST", "/v1/models", content=b"{}", more=chunked).status_code == 413
 
 
 def test_a_local_device_learns_the_broker_with_its_password(ask: Ask) -> None:

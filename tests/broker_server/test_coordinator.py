@@ -369,8 +369,34 @@ def test_a_restarted_server_goes_on_in_the_middle_of_the_round() -> None:
     assert [update.device_id for update in aggregate.updates] == ["a", "b"]
 
 
+def test_a_server_killed_between_rounds_waits_for_more_than_the_first_device() -> None:
+    checkpoint = START.model_copy(update={"round_number": 2, "baseline_done": True})
+    talk = Conversation(checkpoint=checkpoint)
+    talk.tell(RunStarted())
+    assert not only(talk.tell(DeviceReported("a", device("a"))), SendAssignment)
+    talk.tell(DeviceReported("b", device("b")))
+    deadline = talk.run.next_deadline()
+    assert deadline is not None
+    sent = only(talk.wait(deadline - talk.now), SendAssignment)
+    assert {send.device_id for send in sent} == {"a", "b"}
+
+
+def test_a_device_given_up_does_not_keep_the_run_awake_and_may_still_answer() -> None:
+    talk = Conversation()
+    talk.begin("a", "b")
+    talk.tell(AssignmentAccepted("b", talk.manifest("b").assignment_id))
+    talk.tell(DeviceLost("a"))
+    talk.wait(PLAN.lost_grace_s + 1)
+    deadline = talk.run.next_deadline()
+    assert deadline is not None
+    assert deadline > talk.now
+    assert only(talk.update("a"), RecordUpdate)
+
+
 def test_a_server_killed_after_the_last_commit_only_finishes() -> None:
-    checkpoint = START.model_copy(update={"round_number": 3, "baseline_done": True})
+    checkpoint = START.model_copy(
+        update={"round_number": 3, "baseline_done": True, "finished": "all 2 rounds done"}
+    )
     talk = Conversation(checkpoint=checkpoint)
     (finish,) = talk.tell(RunStarted())
     assert isinstance(finish, FinishRun)

@@ -23,6 +23,7 @@ from broker_server.run_events import (
     RoundAggregated,
     RunStarted,
     SendAssignment,
+    Tick,
     UpdateArrived,
     UpdateChecked,
 )
@@ -145,7 +146,11 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def a_run_that_waits_for_devices_says_when_to_wake_it(self) -> None:
         if self.talk.run.phase in (Phase.PREPARING, Phase.COLLECTING):
-            assert self.talk.run.next_deadline() is not None
+            self.talk.tell(Tick())
+        if self.talk.run.phase in (Phase.PREPARING, Phase.COLLECTING):
+            deadline = self.talk.run.next_deadline()
+            assert deadline is not None
+            assert deadline > self.talk.now
 
 
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -63,7 +63,8 @@ def test_a_birth_older_than_the_last_one_means_nothing() -> None:
 def test_a_device_that_lost_its_counter_is_taken_back_after_its_next_boot() -> None:
     fleet = Fleet()
     born(fleet, sid=5)
-    assert fleet.born("pi-1", 1, a_birth(boot_id="boot-2"), 1.0) == [Joined("pi-1")]
+    changes = fleet.born("pi-1", 1, a_birth(boot_id="boot-2"), 1.0)
+    assert changes == [Left("pi-1", "it started again"), Joined("pi-1")]
     assert fleet.heartbeat("pi-1", 1, BEAT, 2.0) == []
 
 
@@ -121,6 +122,21 @@ def test_an_empty_dataset_is_a_reason_and_a_missing_benchmark_is_not() -> None:
     assert "empty" in capacity_of(fleet)[1]
     fleet.born("pi-1", 2, a_birth(capability=a_capability(compute=None)), 0.0)
     assert capacity_of(fleet) == (None, "")
+
+
+def test_a_device_that_could_not_measure_itself_says_why_until_it_starts_again() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 1, a_birth(capability=a_capability(compute=None)), 0.0)
+    assert fleet.could_not_measure("pi-1", SHA, "torch is missing") == [Joined("pi-1")]
+    assert capacity_of(fleet) == (None, "could not measure itself: torch is missing")
+    born(fleet, now=1.0, sid=2)
+    assert capacity_of(fleet)[1] == ""
+
+
+def test_an_agent_of_another_protocol_stays_out_with_the_reason() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 1, a_birth(protocol=(9,)), 0.0)
+    assert "speaks protocol (9,)" in capacity_of(fleet)[1]
 
 
 def test_rounds_move_the_estimate_and_a_new_benchmark_replaces_it() -> None:

@@ -63,7 +63,7 @@ def loop(tmp_path: Path) -> Iterator[RunLoop]:
         round_number=1, attempt=0, adapter=adapter, baseline_done=True, tokens_per_step=1.0
     )
     yield RunLoop(
-        RunContext("run-1", "run", tmp_path, "tiny", SHAPE, ("disk", "network")),
+        RunContext("run-1", "run", tmp_path, "tiny", SHAPE, ("disk", "network"), SHA),
         Coordinator(plan, strategy_named("legend", {}), start),
         store,
         blobs,

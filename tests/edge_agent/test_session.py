@@ -19,6 +19,8 @@ from edge_agent.session import (
     Event,
     PostCapability,
     PostFailure,
+    PostponeOutbox,
+    PostUnmeasured,
     PostUpdate,
     PublishBirth,
     PublishHeartbeat,
@@ -175,8 +177,19 @@ def test_an_assignment_waits_for_the_benchmark(ending: Event) -> None:
     assert talk.order(FIRST) == [OK]
     *posted, start = talk.tell(ending)
     assert start == StartWork(FIRST)
-    assert len(posted) == isinstance(ending, BenchmarkFinished)
-    assert all(isinstance(action, PostCapability) for action in posted)
+    expected = PostCapability if isinstance(ending, BenchmarkFinished) else PostUnmeasured
+    assert [type(action) for action in posted] == [expected]
+
+
+def test_what_the_outbox_still_held_at_the_start_is_not_done_again() -> None:
+    session = Session(
+        10.0, random.Random(0), updated=[FIRST.assignment_id], given_up=[SECOND.assignment_id]
+    )
+    order = CommandArrived("c", Command(command=FIRST))
+    assert session.handle(order, 0.0) == [AnswerCommand("c", "ok", "done"), ResendOutbox()]
+    (answer,) = session.handle(CommandArrived("c", Command(command=SECOND)), 0.0)
+    assert isinstance(answer, AnswerCommand)
+    assert answer.status == "rejected"
 
 
 def test_a_rebirth_comes_after_its_jitter() -> None:
@@ -193,6 +206,7 @@ def test_a_rebirth_comes_after_its_jitter() -> None:
 def test_only_a_busy_server_leaves_a_message_in_the_outbox() -> None:
     talk = Conversation()
     assert talk.tell(AckArrived(Ack(re="m", status="ok"))) == [ClearOutbox("m")]
-    assert talk.tell(AckArrived(Ack(re="m", status="busy"))) == []
+    busy = Ack(re="m", status="busy", retry_after_s=2.0)
+    assert talk.tell(AckArrived(busy)) == [PostponeOutbox("m", 2.0)]
     rejected = Ack(re="m", status="rejected", code="stale")
     assert talk.tell(AckArrived(rejected)) == [ClearOutbox("m", "stale")]

@@ -137,7 +137,7 @@ async def test_devices_hear_whether_the_server_is_there(
 
     async with device_link(broker.login, "nano-1", tmp_path) as device:
         await next_of(device, Connected)
-        async with server_link(broker.address, epoch=12):
+        async with server_link(broker.address, start_number=12):
             assert await heard() == (12, True)
         assert await heard() == (12, False)
 

@@ -72,9 +72,9 @@ def device_link(
     )
 
 
-def server_link(address: BrokerAddress, *, epoch: int = 1) -> ServerLink:
+def server_link(address: BrokerAddress, *, start_number: int = 1) -> ServerLink:
     """The server's link to the test fleet."""
-    return ServerLink(address, fleet=FLEET, epoch=epoch, longest_retry_s=0.2)
+    return ServerLink(address, fleet=FLEET, start_number=start_number, longest_retry_s=0.2)
 
 
 def topic(device_id: str, channel: Channel) -> str:

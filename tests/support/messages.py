@@ -27,6 +27,7 @@ from wire_protocol.messages import (
     State,
     StepReport,
     TrainingRecipe,
+    Unmeasured,
     UpdateManifest,
 )
 
@@ -110,6 +111,7 @@ def a_report(**changes: Any) -> StepReport:
         "download_s": 0.1,
         "download_bytes": 1000,
         "upload_s": 0.1,
+        "upload_bytes": 800,
         "peak_memory_bytes": 900_000_000,
         "batch_size": 8,
         "first_loss": 0.9,
@@ -144,6 +146,7 @@ def every_message() -> list[Body]:
         Event(event=progress),
         Event(event=failure),
         Event(event=Capability(capability=a_capability())),
+        Event(event=Unmeasured(model_digest=SHA, detail="torch is not installed")),
         a_manifest(),
         Command(command=a_round_start()),
         Command(command=RoundCancel(assignment_id="a", reason="too late")),
