@@ -50,6 +50,7 @@ from broker_server.run_state import (
     RunStatus,
 )
 from broker_server.strategies import DeviceCapacity, Strategy
+from broker_server.strategies.learning import RoundOutcome, learn_from_round
 from wire_protocol.messages import BlobRef, UpdateManifest
 
 RESUME_SETTLE_S = 5.0
@@ -343,6 +344,7 @@ class Coordinator:
         if self.phase is Phase.BASELINE:
             self.baseline_done = True
             self.round_number = 1
+            learn_from_round(self.strategy, RoundOutcome(0, event.accuracy, 0.0))
             return [SaveCheckpoint(self._checkpoint(), baseline=event), *self._prepare(now)]
         if self.phase is not Phase.EVALUATING or self.round is None or self._new_adapter is None:
             return []
@@ -353,6 +355,8 @@ class Coordinator:
             collected_s=self.round.collected_s,
             duration_s=self._duration_s,
         )
+        outcome = RoundOutcome(self.round_number, event.accuracy, self._duration_s)
+        learn_from_round(self.strategy, outcome)
         self._learn_tokens(self.round)
         done = self.round_number
         self.adapter, self._new_adapter = self._new_adapter, None

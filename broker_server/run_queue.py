@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import anyio
@@ -22,6 +23,8 @@ from broker_server.run_views import run_report
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import RunRecord, Store
+from broker_server.strategies import Strategy
+from broker_server.strategies.learning import RoundOutcome, learn_from_round
 from wire_protocol.errors import ConfigError, LegendError
 from wire_protocol.messages import UpdateManifest
 
@@ -187,6 +190,7 @@ class RunQueue:
             tuple(labels),
             spec.evaluation.sha256,
         )
+        self._replay(record, prepared.strategy)
         rho = prepared.strategy.rho
         self._spec = spec
         self.active = RunLoop(
@@ -201,6 +205,15 @@ class RunQueue:
             on_commit=self._write_results,
         )
         return self.active
+
+    def _replay(self, record: RunRecord, strategy: Strategy) -> None:
+        """Tell a strategy about the rounds that a killed server had committed."""
+        if record.baseline is not None:
+            accuracy = float(json.loads(record.baseline)["accuracy"])
+            learn_from_round(strategy, RoundOutcome(0, accuracy, 0.0))
+        for text in self._store.rounds(record.run_id):
+            done = RoundResult.model_validate_json(text)
+            learn_from_round(strategy, RoundOutcome(done.round, done.accuracy, done.duration_s))
 
     def _learn(self, device_id: str, manifest: UpdateManifest, rho: float) -> None:
         self._fleet.learn(device_id, manifest, rho=rho)

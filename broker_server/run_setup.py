@@ -32,7 +32,7 @@ class PreparedRun:
     checkpoint: RunCheckpoint
 
 
-def check_run(spec: RunSpec, shape: ModelShape) -> Strategy:
+def check_run(spec: RunSpec, shape: ModelShape) -> None:
     """Refuse what can be known to be wrong before anything starts.
 
     Raises:
@@ -46,16 +46,20 @@ def check_run(spec: RunSpec, shape: ModelShape) -> Strategy:
         )
     if spec.task == "classification" and len(spec.labels) < 2:
         raise ConfigError("classification needs at least two labels; list them under 'labels'")
-    strategy = strategy_named(spec.strategy, spec.strategy_options)
-    _rehearse(strategy, spec, shape)
-    return strategy
+    _rehearse(strategy_named(spec.strategy, spec.strategy_options), spec, shape)
 
 
 def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
     """Configure one imaginary device and write its assignment: what breaks, breaks now."""
     sizes = run_shape(spec, shape)
     able = DeviceCapacity("rehearsal", 1e-6, 1e-6, 1e6, 1e6, 0.0, 0.0, 0.0, 0.0, 1e12, 1)
-    configuration = strategy.configure(sizes, [able], 1)
+    for number in (2, 1):
+        configuration = strategy.configure(sizes, [able], number)
+        if any(plan.factors != "both" for plan in configuration.plans.values()):
+            raise ConfigError(
+                f"strategy {spec.strategy!r} with these options trains one LoRA factor at a time, "
+                "which devices cannot do yet; use another strategy"
+            )
     start = RoundStart(
         run_id="r" * 40,
         round_number=spec.rounds,
@@ -127,7 +131,8 @@ def prepare_run(
     Raises:
         ConfigError: see ``check_run``.
     """
-    strategy = check_run(spec, shape)
+    check_run(spec, shape)
+    strategy = strategy_named(spec.strategy, spec.strategy_options)
     sizes = run_shape(spec, shape)
     recipe = recipe_of(spec)
     plan = RunPlan(

@@ -31,6 +31,18 @@ from wire_protocol.settings import explain
 
 Name = Annotated[str, Field(min_length=1, max_length=80)]
 
+StrategyName = Literal[
+    "legend",
+    "legend-paper",
+    "fedlora",
+    "hetlora",
+    "flexlora",
+    "fedadapter",
+    "ffa",
+    "rolora",
+]
+"""Written out, because this module is read where NumPy need not be installed."""
+
 
 class _Strict(BaseModel):
     """A misspelled key must stop us; YAML reads a label 0 as a number."""
@@ -75,7 +87,7 @@ class RunOptions(_Strict):
 
     name: Name
     model: Name
-    strategy: Literal["legend", "fedlora"] = "legend"
+    strategy: StrategyName = "legend"
     strategy_options: dict[str, JsonValue] = Field(default_factory=dict)
     task: Literal["classification", "instruction"] = "classification"
     dataset: Name

@@ -5,11 +5,12 @@ The only place with a clock. Bytes from the broker become events in one function
 
 from __future__ import annotations
 
+import os
 import random
-import resource
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 
 import anyio
@@ -19,10 +20,11 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from edge_agent import session
 from edge_agent.benchmark import benchmark_device
-from edge_agent.capability import current_capability, describe_datasets
+from edge_agent.capability import current_capability, describe_datasets, resident_bytes
 from edge_agent.mqtt import Connected, CredentialsRefused, DeviceLink, Disconnected, Received
 from edge_agent.notify import Notifier
 from edge_agent.outbox import Outbox, OutgoingMessage
+from edge_agent.outcome import outcome_of
 from edge_agent.round_work import Workshop, do_round
 from edge_agent.status_file import StatusFile
 from wire_protocol.errors import DeviceError, FailureCode, LegendError, ProtocolError
@@ -94,6 +96,7 @@ class Agent:
         self._progress_at = 0.0
         self._on_hopeless = on_hopeless
         self._losses = 0
+        self._temperature_c: float | None = None
         self._work_scope: anyio.CancelScope | None = None
         self._work_ended = anyio.Event()
         self._send: MemoryObjectSendStream[session.Event]
@@ -103,19 +106,30 @@ class Agent:
     async def run(self, tasks: TaskGroup) -> None:
         """Serve until cancelled."""
         tasks.start_soon(self._pump, name="broker")
-        if interval_s := self.notifier.watchdog_interval_s:
-            log.info("watchdog_enabled", interval_s=interval_s)
+        tasks.start_soon(self._read_sensors, name="sensors")
         self.notifier.ready("connecting to the broker")
         while True:
-            event: session.Event = session.Tick()
-            with anyio.move_on_after(self._patience_s()):
-                event = await self._receive.receive()
+            event = await self._next_event()
             # Fed by the loop that does the work: a stuck loop must be restarted.
             self.notifier.watchdog()
             for action in self.session.handle(event, time.monotonic()):
                 self._carry_out(action, tasks)
             self._publish_outbox()
             self.status.write(self._status())
+
+    async def _next_event(self) -> session.Event:
+        with suppress(anyio.WouldBlock):
+            return self._receive.receive_nowait()
+        with anyio.move_on_after(self._patience_s()):
+            return await self._receive.receive()
+        return session.Tick()
+
+    async def _read_sensors(self) -> None:
+        """Beside the loop: some boards take a second to answer."""
+        while True:
+            reading = await anyio.to_thread.run_sync(self.workshop.device.sensors)
+            self._temperature_c = reading.temperature_c
+            await anyio.sleep(self.settings.heartbeat_s)
 
     def _patience_s(self) -> float:
         now = time.monotonic()
@@ -181,8 +195,8 @@ class Agent:
                     Heartbeat(
                         sequence=action.sequence,
                         busy_with=action.busy_with,
-                        rss_bytes=_rss_bytes(),
-                        temperature_c=self.workshop.device.sensors().temperature_c,
+                        rss_bytes=resident_bytes(os.getpid()),
+                        temperature_c=self._temperature_c,
                         dropped_messages=self.dropped,
                     ),
                     uuid.uuid4().hex,
@@ -303,7 +317,7 @@ class Agent:
         self._work_ended = anyio.Event()
         with anyio.CancelScope() as scope:
             self._work_scope = scope
-            outcome = await _outcome(
+            outcome = await outcome_of(
                 start.assignment_id, lambda: do_round(self.workshop, start, self._progress)
             )
         if scope.cancelled_caught:
@@ -371,25 +385,5 @@ class Agent:
             "outbox": len(self.outbox),
             "trainer_starts": self.workshop.trainer.starts,
             "dropped_messages": self.dropped,
-            "rss_bytes": _rss_bytes(),
+            "rss_bytes": resident_bytes(os.getpid()),
         }
-
-
-async def _outcome(
-    assignment_id: str, work: Callable[[], Awaitable[UpdateManifest]]
-) -> session.Event:
-    """Every way an assignment can end becomes an event; none ends the agent."""
-    try:
-        return session.WorkFinished(await work())
-    except DeviceError as error:
-        return session.WorkFailed(assignment_id, error.code, str(error))
-    except LegendError as error:
-        return session.WorkFailed(assignment_id, FailureCode.DOWNLOAD_FAILED, str(error))
-    except Exception as error:
-        log.exception("assignment_crashed", assignment_id=assignment_id)
-        line = f"{type(error).__name__}: {error}"
-        return session.WorkFailed(assignment_id, FailureCode.INTERNAL, line)
-
-
-def _rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -30,8 +30,11 @@ stated there, "reconstructed" fills in what could not be read, "ours" is decided
     -         row-wise holders              -             adaptive aggregation     ours
     tau       steps                         local steps   local fine-tuning        paper
     -         server_learning_rate          -             adaptive aggregation     ours
+    D         deadline.deadline_s           s             -                        ours
+    U         deadline utility              ranks/s       -                        ours
+    g_l       importance: the rank r_l      ranks         -                        ours
 
-Equations (1) to (5) are written out in ``docs/legend.md``.
+Equations (1) to (6) are written out in ``docs/legend.md``.
 """
 
 from broker_server.strategies.capacity import (
@@ -41,29 +44,42 @@ from broker_server.strategies.capacity import (
     device_capacity,
     observe,
 )
-from broker_server.strategies.named import strategy_named
+from broker_server.strategies.learning import (
+    RoundOutcome,
+    learn_from_round,
+    restore_state,
+    saved_state,
+)
+from broker_server.strategies.named import STRATEGY_NAMES, strategy_named
 from broker_server.strategies.strategy import (
     Adapter,
     Aggregation,
     Configuration,
     DeviceCapacity,
+    Factors,
     Plan,
     RunShape,
     Strategy,
 )
 
 __all__ = [
+    "STRATEGY_NAMES",
     "Adapter",
     "Aggregation",
     "CapacityEstimate",
     "Configuration",
     "DeviceCapacity",
+    "Factors",
     "Observation",
     "Plan",
+    "RoundOutcome",
     "RoundTimes",
     "RunShape",
     "Strategy",
     "device_capacity",
+    "learn_from_round",
     "observe",
+    "restore_state",
+    "saved_state",
     "strategy_named",
 ]

@@ -1,4 +1,4 @@
-"""Parts of configuring: rank distribution, memory cap, greedy depth, repair.
+"""Parts of configuring: rank distribution, greedy depth, repair.
 
 Ties LoRA configs to the cost model; knows no paper's choice of parameters.
 """
@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_server.strategies.cost_model import completion_s, mean_waiting_s, memory_bytes
-from broker_server.strategies.strategy import Configuration, DeviceCapacity, Plan, RunShape
+from broker_server.strategies.cohort import able_cohort
+from broker_server.strategies.cost_model import completion_s, mean_waiting_s
+from broker_server.strategies.strategy import (
+    Configuration,
+    DeviceCapacity,
+    Factors,
+    Plan,
+    RunShape,
+)
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import MAX_RANK, LoraConfig
-
-_MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,6 @@ def rank_distribution(
             f"rank {ranks[-1]} at the output exceeds {MAX_RANK}; lower rank_min or rank_step"
         )
     return tuple(ranks)
-
-
-def depth_caps(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.int64]:
-    """Deepest LoRA that each device's memory holds, (n,); 0 for none.
-
-    kmax_i = max {k : memory_i(k) <= M_i}
-    """
-    budget = np.array([device.memory_budget_bytes for device in devices], dtype=np.float64)
-    fits = memory_bytes(shape, devices) <= budget[:, np.newaxis]
-    caps: NDArray[np.int64] = np.count_nonzero(fits, axis=1)
-    return caps
 
 
 def greedy_depths(
@@ -189,6 +183,7 @@ def lora_configuration(
     ranks: tuple[int, ...],
     depth_min: int,
     limit: WaitingLimit = NO_LIMIT,
+    factors: Factors = "both",
 ) -> Configuration:
     """Greedy LoRA configuration of a cohort, in O(n L log nL).
 
@@ -198,51 +193,55 @@ def lora_configuration(
         ranks: of the global adapter, at every layer.
         depth_min: k_min, 1..L; L itself gives every device full depth.
         limit: W_max.
+        factors: what every device trains.
 
     Raises:
         ValueError: a device is listed twice.
 
     Source: arXiv:2412.20004, greedy LCD algorithm as reconstructed.
     """
-    ordered = sorted(devices, key=lambda device: device.device_id)
-    if len({device.device_id for device in ordered}) != len(ordered):
-        raise ValueError("a device is listed twice in the cohort")
-    all_caps = depth_caps(shape, ordered)
-    able = [
-        index
-        for index, device in enumerate(ordered)
-        if all_caps[index] >= depth_min and device.examples
-    ]
-    taking_part = set(able)
-    left_out = [one for index, one in enumerate(ordered) if index not in taking_part]
-    refused = _refusals(shape, left_out, depth_min)
-    if not able:
-        return Configuration({}, ranks, refused)
-    cohort, caps = [ordered[index] for index in able], all_caps[able]
-    times = completion_s(shape, cohort, ranks)
-    examples = np.array([device.examples for device in cohort], dtype=np.float64)
-    pace_s = greedy_pace(times, caps, depth_min=depth_min, examples=examples, limit=limit)
+    cohort = able_cohort(shape, devices, depth_min=depth_min)
+    caps = cohort.caps
+    if not cohort.devices:
+        return Configuration({}, ranks, cohort.refused)
+    times = completion_s(shape, cohort.devices, ranks, factors=factors)
+    pace_s = greedy_pace(times, caps, depth_min=depth_min, examples=cohort.examples, limit=limit)
     depths = greedy_depths(times, caps, depth_min=depth_min, pace_s=pace_s)
-    predicted = times[np.arange(len(cohort)), depths - 1].tolist()
+    predicted = times[np.arange(len(depths)), depths - 1].tolist()
     configs = {int(depth): LoraConfig.top(int(depth), ranks) for depth in np.unique(depths)}
     plans = {
-        device.device_id: Plan(configs[depth], shape.steps, seconds)
-        for device, depth, seconds in zip(cohort, depths.tolist(), predicted, strict=True)
+        device.device_id: Plan(configs[depth], shape.steps, seconds, factors)
+        for device, depth, seconds in zip(cohort.devices, depths.tolist(), predicted, strict=True)
     }
-    return Configuration(plans, ranks, refused)
+    return Configuration(plans, ranks, cohort.refused)
 
 
-def _refusals(shape: RunShape, devices: Sequence[DeviceCapacity], depth_min: int) -> dict[str, str]:
-    """One sentence for every device that cannot take part."""
-    needed = memory_bytes(shape, devices)[:, depth_min - 1].tolist()
-    no_examples = "it holds no example of this run's dataset; give it data or leave it out"
-    return {
-        device.device_id: (
-            f"training the top {depth_min} of {shape.layer_count} layers on"
-            f" {shape.peak_tokens_per_step} tokens needs {bytes_ / _MIB:.0f} MiB and it may use"
-            f" {device.memory_budget_bytes / _MIB:.0f} MiB; lower batch_size or max_tokens"
-        )
-        if device.examples
-        else no_examples
-        for device, bytes_ in zip(devices, needed, strict=True)
+def same_configuration(
+    shape: RunShape,
+    devices: Sequence[DeviceCapacity],
+    *,
+    lora: LoraConfig,
+    global_ranks: tuple[int, ...],
+    factors: Factors = "both",
+) -> Configuration:
+    """One LoRA config for the whole cohort, with no regard to speed.
+
+    Args:
+        shape: what is the same for every device.
+        devices: the cohort in any order, each device once.
+        lora: what every device trains; its ranks at most ``global_ranks``.
+        global_ranks: of the global adapter, at every layer.
+        factors: what every device trains of it.
+
+    Raises:
+        ValueError: a device is listed twice.
+    """
+    cohort = able_cohort(shape, devices, depth_min=lora.depth)
+    times = completion_s(
+        shape, cohort.devices, lora.ranks, global_ranks=global_ranks, factors=factors
+    )
+    plans = {
+        device.device_id: Plan(lora, shape.steps, seconds, factors)
+        for device, seconds in zip(cohort.devices, times[:, lora.depth - 1].tolist(), strict=True)
     }
+    return Configuration(plans, global_ranks, cohort.refused)

@@ -1,13 +1,19 @@
 """LEGEND: depth by capacity, rank by layer, mean over holders.
 
 A preset of parts: arithmetic rank distribution, greedy LoRA configuration,
-adaptive per-layer aggregation. Knows the choice of parts and their parameters.
+adaptive per-layer aggregation; and, if switched on, a deadline in place of the
+slowest device's pace, one factor at a time, a server optimizer. Knows the
+choice of parts and their parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from broker_server.strategies.aggregate import HolderMean
 from broker_server.strategies.capacity import DEFAULT_RHO
@@ -16,12 +22,24 @@ from broker_server.strategies.configure import (
     lora_configuration,
     rank_distribution,
 )
-from broker_server.strategies.options import choice, integer, number, optional
+from broker_server.strategies.deadline import DeadlineRule
+from broker_server.strategies.deadline_configure import (
+    DeadlineChoice,
+    Decided,
+    deadline_configuration,
+)
+from broker_server.strategies.factors import ALLOWED, FactorSchedule, factors_in
+from broker_server.strategies.options import choice, integer, number, optional, share
+from broker_server.strategies.server_optimizer import (
+    OptimizerName,
+    ServerOptimizer,
+    server_optimizer,
+)
 from broker_server.strategies.strategy import Adapter, Configuration, DeviceCapacity, RunShape
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import MAX_RANK
 
-LEGEND_OPTIONS = {
+PAPER_OPTIONS = {
     "rank_min": integer(1, MAX_RANK),
     "rank_step": number(0, MAX_RANK),
     "rank_budget": optional(integer(1)),
@@ -30,7 +48,20 @@ LEGEND_OPTIONS = {
     "waiting_max_share": optional(number(0, 1)),
     "rho": number(0, 1),
     "weighting": choice("examples", "uniform"),
+}
+
+LEGEND_OPTIONS = {
+    **PAPER_OPTIONS,
     "server_learning_rate": number(0, low_included=False),
+    "factors": choice("both", "B", "alternating"),
+    "server_optimizer": choice("none", "momentum", "adam", "yogi"),
+    "server_momentum": number(0, 1),
+    "pace": choice("slowest", "deadline"),
+    "coverage_target": share(),
+    "participation_min": share(),
+    "left_out_max": integer(0),
+    "overhead_s": number(0),
+    "hysteresis": number(0, 1),
 }
 
 
@@ -50,11 +81,17 @@ class Legend:
         rho: weight of the past in capacity estimates.
         weighting: ``examples`` or ``uniform``, p_i of the aggregation.
         server_learning_rate: eta; 1 is the paper's plain mean.
+        factors: schedule of the LoRA factors.
+        server_optimizer: how the server follows the mean of the updates.
+        server_momentum: b1 of the server optimizer.
+        pace: ``slowest``, the paper's, or ``deadline``, see ``rule``.
+        rule: how a deadline is judged; not used by ``slowest``.
 
     Raises:
-        ConfigError: two waiting limits at once.
+        ConfigError: two waiting limits at once, one beside a deadline, or a
+            learning rate that an adaptive server optimizer cannot have.
 
-    Source: arXiv:2412.20004.
+    Source: arXiv:2412.20004; the switches after ``server_learning_rate`` are ours.
     """
 
     rank_min: int = 4
@@ -66,19 +103,38 @@ class Legend:
     rho: float = DEFAULT_RHO
     weighting: str = "examples"
     server_learning_rate: float = 1.0
+    factors: FactorSchedule = "both"
+    server_optimizer: OptimizerName = "none"
+    server_momentum: float = 0.9
+    pace: Literal["slowest", "deadline"] = "slowest"
+    rule: DeadlineRule = field(default_factory=DeadlineRule)
+    _optimizer: ServerOptimizer | None = field(default=None, init=False, compare=False, repr=False)
+    _decided: dict[int, Decided] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if self.waiting_max_s is not None and self.waiting_max_share is not None:
+        limited = self.waiting_max_s is not None, self.waiting_max_share is not None
+        if all(limited):
             raise ConfigError(
                 "give waiting_max_s or waiting_max_share of strategy legend, not both"
             )
+        if any(limited) and self.pace == "deadline":
+            raise ConfigError("strategy legend has a waiting limit or pace deadline, not both")
+        optimizer = server_optimizer(
+            self.server_optimizer,
+            learning_rate=self.server_learning_rate,
+            momentum=self.server_momentum,
+        )
+        object.__setattr__(self, "_optimizer", optimizer)
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
         """Arithmetic ranks, highest at the output.
 
         Raises:
-            ConfigError: the budget or a rank does not fit the base model.
+            ConfigError: the budget, a rank or ``depth_min`` does not fit the base model.
         """
+        self._smallest_depth(shape.layer_count)
         return rank_distribution(
             shape.layer_count,
             rank_min=self.rank_min,
@@ -87,31 +143,69 @@ class Legend:
         )
 
     def configure(
-        self,
-        shape: RunShape,
-        devices: Sequence[DeviceCapacity],
-        round_number: int,  # noqa: ARG002 - part of the interface; LEGEND looks at capacity alone
+        self, shape: RunShape, devices: Sequence[DeviceCapacity], round_number: int
     ) -> Configuration:
-        """Greedy LoRA configuration at the pace of the slowest device.
+        """Greedy LoRA configuration at the pace of the slowest device, or by deadline.
 
         Raises:
             ConfigError: ``depth_min`` or a rank does not fit the base model.
         """
+        if self.pace == "deadline":
+            return self._by_deadline(shape, devices, round_number)
         return lora_configuration(
             shape,
             devices,
             ranks=self.global_ranks(shape),
             depth_min=self._smallest_depth(shape.layer_count),
             limit=WaitingLimit(self.waiting_max_s, self.waiting_max_share),
+            factors=factors_in(self.factors, round_number),
         )
 
     def begin(self, global_adapter: Adapter) -> HolderMean:
-        """Mean over the holders of each rank row."""
+        """Mean over the holders of each rank row; by steps where steps may differ."""
         return HolderMean(
             global_adapter,
             uniform=self.weighting == "uniform",
             learning_rate=self.server_learning_rate,
+            step=self._optimizer,
+            by_steps=self.pace == "deadline",
+            allowed=ALLOWED[self.factors],
         )
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Moments of the server optimizer; empty without one."""
+        return self._optimizer.state() if self._optimizer else {}
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """See ``KeepsState.restore``. What hysteresis knew of is decided afresh."""
+        if self._optimizer:
+            self._optimizer.restore(state)
+
+    def _by_deadline(
+        self, shape: RunShape, devices: Sequence[DeviceCapacity], round_number: int
+    ) -> Configuration:
+        # A round that is configured again must not see its own first answer.
+        earlier = max((number for number in self._decided if number < round_number), default=None)
+        for_all = self.rule.is_for_all(round_number)
+        configuration, decided = deadline_configuration(
+            shape,
+            devices,
+            DeadlineChoice(
+                ranks=self.global_ranks(shape),
+                depth_min=self._smallest_depth(shape.layer_count),
+                rule=self.rule,
+                factors=factors_in(self.factors, round_number),
+                previous=None if earlier is None else self._decided[earlier],
+                for_all=for_all,
+            ),
+        )
+        kept = {} if earlier is None else {earlier: self._decided[earlier]}
+        # A round for all is an exception: the next one must not take after it.
+        if decided is not None and not for_all:
+            kept[round_number] = decided
+        self._decided.clear()
+        self._decided.update(kept)
+        return configuration
 
     def _smallest_depth(self, layer_count: int) -> int:
         if self.depth_min is None:
@@ -121,3 +215,29 @@ class Legend:
                 f"depth_min {self.depth_min} exceeds the {layer_count} layers of the base model"
             )
         return self.depth_min
+
+
+def legend(**options: Any) -> Legend:
+    """LEGEND from flat options: those of ``DeadlineRule`` beside those of ``Legend``.
+
+    Raises:
+        ConfigError: see ``Legend``.
+    """
+    names = {one.name for one in fields(DeadlineRule)}
+    rule = {name: options.pop(name) for name in names & options.keys()}
+    return Legend(**options, rule=DeadlineRule(**rule))
+
+
+def legend_paper(**options: Any) -> Legend:
+    """LEGEND as published: every switch of ours is off, whatever ``Legend``'s defaults become.
+
+    Raises:
+        ConfigError: see ``Legend``.
+    """
+    return Legend(
+        **options,
+        server_learning_rate=1.0,
+        factors="both",
+        server_optimizer="none",
+        pace="slowest",
+    )

@@ -42,6 +42,20 @@ def number(low: float, high: float = 1e9, *, low_included: bool = True) -> Reade
     return read
 
 
+def share() -> Reader:
+    """A part of a whole, above 0; 1 is the whole."""
+    wanted = "a number above 0 and at most 1"
+
+    def read(value: object) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            within = 0 < value <= 1
+            if within:
+                return float(value)
+        raise ValueError(wanted)
+
+    return read
+
+
 def choice(*names: str) -> Reader:
     """One of these words."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from wire_protocol.lora import LoraConfig
 
 Adapter = Mapping[str, NDArray[np.float32]]
 """LoRA and head tensors by our names (see ``wire_protocol.model_family``), float32."""
+
+Factors = Literal["both", "A", "B"]
+"""Which LoRA factors a device trains and sends; the other stays as it was sent to it."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,12 @@ class RunShape:
         steps: tau, local steps in a round.
         bytes_per_value_up: 4 for fp32, about 1 for int8.
         bytes_per_value_down: the same for the global adapter.
+        b_share: share of ``values_per_rank`` that is lora_B; one half for
+            square modules.
 
     Raises:
-        ValueError: a count that is not positive, or not one entry per layer.
+        ValueError: a count that is not positive, not one entry per layer, or
+            a share that is not between 0 and 1.
     """
 
     layer_count: int
@@ -97,6 +103,7 @@ class RunShape:
     steps: int
     bytes_per_value_up: float
     bytes_per_value_down: float
+    b_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.layer_count < 1 or len(self.values_per_rank) != self.layer_count:
@@ -111,6 +118,8 @@ class RunShape:
         )
         if self.head_values < 0 or not all(0 < value < math.inf for value in positive):
             raise ValueError(f"sizes of a run must be positive: {self}")
+        if not 0 < self.b_share < 1:
+            raise ValueError(f"b_share must lie between 0 and 1, not {self.b_share}")
 
 
 @dataclass(frozen=True)
@@ -119,11 +128,13 @@ class Plan:
 
     Attributes:
         predicted_s: completion time, from assignment to update (eq. 1).
+        factors: what of every trained layer is trained; the head always is.
     """
 
     lora: LoraConfig
     steps: int
     predicted_s: float
+    factors: Factors = "both"
 
 
 @dataclass(frozen=True)

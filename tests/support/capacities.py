@@ -1,10 +1,13 @@
-"""Devices and run shapes for tests of the strategies."""
+"""Devices, run shapes and small adapters for tests of the strategies."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from broker_server.strategies import DeviceCapacity, RunShape
 
@@ -87,3 +90,56 @@ def shapes(draw: st.DrawFn) -> RunShape:
         head_values=draw(st.integers(0, 5000)),
         steps=draw(st.integers(1, 50)),
     )
+
+
+D_IN, D_OUT, LABELS = 3, 4, 2
+RANKS = (2, 3, 4)
+"""Ranks of the global adapter in tests of aggregation."""
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def tensors(seed: int, ranks: tuple[int, ...] = RANKS, *, size: float = 1.0) -> Tensors:
+    """Random values with the names of a three-layer model; rank 0 leaves a layer out."""
+    generator = np.random.default_rng(seed)
+
+    def drawn(*shape: int) -> NDArray[np.float32]:
+        return generator.uniform(-size, size, shape).astype(np.float32)
+
+    values: Tensors = {"head.weight": drawn(LABELS, D_IN), "head.bias": drawn(LABELS)}
+    for layer, rank in enumerate(ranks):
+        if rank:
+            values[f"layers.{layer}.q.lora_A"] = drawn(rank, D_IN)
+            values[f"layers.{layer}.q.lora_B"] = drawn(D_OUT, rank)
+    return values
+
+
+@st.composite
+def nested_ranks(draw: st.DrawFn) -> tuple[int, ...]:
+    """Ranks of a device: a depth, and at most the global rank in every trained layer."""
+    depth = draw(st.integers(1, len(RANKS)))
+    return tuple(
+        draw(st.integers(1, rank)) if layer >= len(RANKS) - depth else 0
+        for layer, rank in enumerate(RANKS)
+    )
+
+
+UPDATES = st.lists(
+    st.tuples(st.builds(tensors, st.integers(0, 999), nested_ranks()), st.integers(1, 5000)),
+    min_size=1,
+    max_size=6,
+)
+"""Updates and the examples behind them."""
+
+
+def assert_close(
+    one: Mapping[str, NDArray[np.float32]],
+    other: Mapping[str, NDArray[np.float32]],
+    *,
+    atol: float = 1e-7,
+) -> None:
+    """Two adapters are the same but for the rounding of float32."""
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, other[name], rtol=1e-6, atol=atol, err_msg=name)

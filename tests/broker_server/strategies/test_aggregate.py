@@ -6,30 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from broker_server.strategies.aggregate import HolderMean
 from broker_server.strategies.strategy import Adapter
+from tests.support.capacities import (
+    D_IN,
+    D_OUT,
+    RANKS,
+    UPDATES,
+    Tensors,
+    assert_close,
+    tensors,
+)
 from wire_protocol.errors import ProtocolError
-
-D_IN, D_OUT, LABELS = 3, 4, 2
-RANKS = (2, 3, 4)
-Tensors = dict[str, NDArray[np.float32]]
-
-
-def tensors(seed: int, ranks: tuple[int, ...], *, size: float = 1.0) -> Tensors:
-    """Random values with the names of a three-layer model; rank 0 leaves a layer out."""
-    generator = np.random.default_rng(seed)
-
-    def drawn(*shape: int) -> NDArray[np.float32]:
-        return generator.uniform(-size, size, shape).astype(np.float32)
-
-    values: Tensors = {"head.weight": drawn(LABELS, D_IN), "head.bias": drawn(LABELS)}
-    for layer, rank in enumerate(ranks):
-        if rank:
-            values[f"layers.{layer}.q.lora_A"] = drawn(rank, D_IN)
-            values[f"layers.{layer}.q.lora_B"] = drawn(D_OUT, rank)
-    return values
 
 
 def by_loop(old: Adapter, updates: Sequence[tuple[Adapter, float]]) -> Tensors:
@@ -57,29 +46,6 @@ def aggregated(
     for number, (update, weight) in enumerate(updates):
         aggregation.add(f"d{number}", update, weight=weight, steps=10)
     return aggregation.result()
-
-
-def assert_close(one: Adapter, other: Adapter) -> None:
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        assert values.dtype == np.float32
-        np.testing.assert_allclose(values, other[name], rtol=1e-6, atol=1e-7, err_msg=name)
-
-
-@st.composite
-def nested_ranks(draw: st.DrawFn) -> tuple[int, ...]:
-    depth = draw(st.integers(1, len(RANKS)))
-    return tuple(
-        draw(st.integers(1, rank)) if layer >= len(RANKS) - depth else 0
-        for layer, rank in enumerate(RANKS)
-    )
-
-
-UPDATES = st.lists(
-    st.tuples(st.builds(tensors, st.integers(0, 999), nested_ranks()), st.integers(1, 5000)),
-    min_size=1,
-    max_size=6,
-)
 
 
 @given(UPDATES)
@@ -269,3 +235,34 @@ def test_a_device_counts_once_a_round() -> None:
 
     with pytest.raises(ProtocolError, match="second update"):
         aggregation.add("a", tensors(2, RANKS), weight=1, steps=1)
+
+
+def test_a_device_with_half_the_steps_counts_half_and_in_full() -> None:
+    # Per step "a" moves by 0.1 and "b" by 0.4; "b" did half the steps, so a step of the
+    # mean is (10 * 0.1 + 5 * 0.4) / 15 = 0.2, and ten of them are 2.
+    old: Tensors = {"head.bias": np.zeros(1, dtype=np.float32)}
+    aggregation = HolderMean(old, by_steps=True)
+    aggregation.add("a", {"head.bias": np.array([1.0], dtype=np.float32)}, weight=7, steps=10)
+    aggregation.add("b", {"head.bias": np.array([2.0], dtype=np.float32)}, weight=7, steps=5)
+
+    assert aggregation.result()["head.bias"].tolist() == [pytest.approx(2.0)]
+
+
+@given(UPDATES, st.integers(1, 50))
+def test_counting_by_steps_changes_nothing_when_all_do_the_same(
+    updates: list[tuple[Tensors, float]], steps: int
+) -> None:
+    old = tensors(7)
+    aggregation = HolderMean(old, by_steps=True)
+    for number, (update, weight) in enumerate(updates):
+        aggregation.add(f"d{number}", update, weight=weight, steps=steps)
+
+    assert_close(aggregation.result(), aggregated(old, updates), atol=1e-6)
+
+
+def test_factors_of_one_module_must_have_the_same_rank() -> None:
+    bad = tensors(3)
+    bad["layers.2.q.lora_A"] = bad["layers.2.q.lora_A"][:2]
+
+    with pytest.raises(ProtocolError, match="another rank than its partner"):
+        HolderMean(tensors(1)).add("bad", bad, weight=1, steps=1)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker_server.strategies import DeviceCapacity, RunShape
+from broker_server.strategies.cohort import depth_caps
 from broker_server.strategies.configure import (
     WaitingLimit,
-    depth_caps,
     greedy_depths,
     greedy_pace,
     lora_configuration,

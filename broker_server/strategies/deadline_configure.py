@@ -1,0 +1,131 @@
+"""LoRA configuration by deadline: the cohort's times in, plans out.
+
+Ties ``deadline`` to devices and LoRA configs; knows no paper.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_server.strategies.cohort import Cohort, able_cohort
+from broker_server.strategies.cost_model import completion_s, step_s
+from broker_server.strategies.deadline import (
+    CohortTimes,
+    DeadlineRule,
+    deadline_s,
+    depths_and_steps,
+    step_choices,
+)
+from broker_server.strategies.strategy import (
+    Configuration,
+    DeviceCapacity,
+    Factors,
+    Plan,
+    RunShape,
+)
+from wire_protocol.lora import LoraConfig
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a round settled on, for the hysteresis of the next one.
+
+    Attributes:
+        deadline_s: of the round.
+        depths: by device, those that sat out included.
+    """
+
+    deadline_s: float
+    depths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DeadlineChoice:
+    """What is given to ``deadline_configuration`` beside shape and cohort.
+
+    Attributes:
+        ranks: of the global adapter, at every layer; also what a layer is worth.
+        depth_min: k_min, 1..L.
+        rule: how a deadline is judged.
+        factors: what every device trains.
+        previous: of an earlier round; None to decide afresh.
+        for_all: nobody may be left out.
+    """
+
+    ranks: tuple[int, ...]
+    depth_min: int
+    rule: DeadlineRule
+    factors: Factors = "both"
+    previous: Decided | None = None
+    for_all: bool = False
+
+
+def deadline_configuration(
+    shape: RunShape, devices: Sequence[DeviceCapacity], choice: DeadlineChoice
+) -> tuple[Configuration, Decided | None]:
+    """Depths and local steps by the best deadline.
+
+    A device that sits out is in neither mapping of the configuration.
+
+    Returns:
+        The configuration, and what to remember of it; None without a cohort.
+
+    Raises:
+        ValueError: a device is listed twice.
+    """
+    cohort = able_cohort(shape, devices, depth_min=choice.depth_min)
+    if not cohort.devices:
+        return Configuration({}, choice.ranks, cohort.refused), None
+    times = _cohort_times(shape, cohort, choice)
+    rule = replace(choice.rule, participation_min=1.0) if choice.for_all else choice.rule
+    importance = np.array(choice.ranks[::-1], dtype=np.float64)
+    before = choice.previous
+    pace_s = deadline_s(times, importance, rule, previous_s=before.deadline_s if before else None)
+    depths, steps = depths_and_steps(
+        times, pace_s, previous=_previous(cohort, before), hysteresis=rule.hysteresis
+    )
+    plans = _plans(cohort, times, choice, depths, steps)
+    names = map(operator.attrgetter("device_id"), cohort.devices)
+    decided = Decided(pace_s, dict(zip(names, depths.tolist(), strict=True)))
+    return Configuration(plans, choice.ranks, cohort.refused), decided
+
+
+def _cohort_times(shape: RunShape, cohort: Cohort, choice: DeadlineChoice) -> CohortTimes:
+    full = completion_s(shape, cohort.devices, choice.ranks, factors=choice.factors)
+    a_step = step_s(shape, cohort.devices)[:, choice.depth_min - 1]
+    steps = step_choices(shape.steps)
+    saved = (shape.steps - np.array(steps)) * a_step[:, np.newaxis]
+    partial = full[:, choice.depth_min - 1, np.newaxis] - saved
+    return CohortTimes(full, partial, steps, cohort.caps, cohort.examples, choice.depth_min)
+
+
+def _previous(cohort: Cohort, before: Decided | None) -> NDArray[np.int64] | None:
+    if before is None:
+        return None
+    depths = (before.depths.get(device.device_id, 0) for device in cohort.devices)
+    return np.fromiter(depths, dtype=np.int64, count=len(cohort.devices))
+
+
+def _plans(
+    cohort: Cohort,
+    times: CohortTimes,
+    choice: DeadlineChoice,
+    depths: NDArray[np.int64],
+    steps: NDArray[np.int64],
+) -> dict[str, Plan]:
+    rows = np.arange(len(depths))
+    column = np.searchsorted(np.array(times.steps), np.maximum(steps, 1))
+    whole = steps == times.steps[-1]
+    predicted = np.where(whole, times.full[rows, depths - 1], times.partial[rows, column])
+    configs = {int(depth): LoraConfig.top(int(depth), choice.ranks) for depth in np.unique(depths)}
+    table = zip(cohort.devices, depths.tolist(), steps.tolist(), predicted.tolist(), strict=True)
+    return {
+        device.device_id: Plan(configs[depth], count, seconds, choice.factors)
+        for device, depth, count, seconds in table
+        if count
+    }
