@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker_server.simulation_cli import compare, simulate
 from wire_protocol.command_line import OneLineErrors, echo_json
 from wire_protocol.errors import ConfigError
 
@@ -66,6 +67,10 @@ def main(ctx: click.Context, server: str, token: str | None) -> None:
     With a fleet:    legend devices; legend model add FOLDER; legend launch RUN.yaml
     """
     ctx.obj = ServerAddress(server, token)
+
+
+main.add_command(simulate)
+main.add_command(compare)
 
 
 @main.command()

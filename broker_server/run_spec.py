@@ -167,10 +167,10 @@ def load_run_spec(path: Path, overrides: Sequence[str] = ()) -> LocalRunSpec:
         ConfigError: the file is missing or not YAML, or a key is unknown,
             missing or has a bad value.
     """
-    document = _read_yaml(path)
+    document = read_yaml(path)
     document.setdefault("name", path.stem)
     for override in overrides:
-        _apply_override(document, override)
+        apply_override(document, override)
     evaluation = document.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("path"), str):
         local = Path(evaluation["path"]).expanduser()
@@ -238,7 +238,12 @@ def _json_line(example: Example) -> str:
     return json.dumps(present, separators=(",", ":")) + "\n"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file.
+
+    Raises:
+        ConfigError: it is missing, not YAML or holds no keys.
+    """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -250,7 +255,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Put ``key=value`` into a document; dots in the key reach inside.
+
+    Raises:
+        ConfigError: no key, a value that is not YAML, or a key below a plain value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set needs key=value, not {override!r}")

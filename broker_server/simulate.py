@@ -1,0 +1,303 @@
+"""``legend simulate``: a whole run with real training and a virtual fleet.
+
+The composition root of simulations. Coordinator, strategies, aggregation,
+codecs, evaluation and the training recipe are those of a live run; the fleet,
+its links and the clock are virtual.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_server import evaluate
+from broker_server.base_model import BaseModel, read_base_model
+from broker_server.blobs import BlobStore
+from broker_server.coordinator import Coordinator
+from broker_server.evaluator import EvaluationSetup
+from broker_server.export import AdapterCard, export_adapter
+from broker_server.fleet import Fleet
+from broker_server.partition import PartitionOptions, split_by_label
+from broker_server.plots import write_plots
+from broker_server.run_folder import ADAPTER_FOLDER
+from broker_server.run_setup import PreparedRun, prepare_run
+from broker_server.run_spec import (
+    HeldOut,
+    LocalEvaluation,
+    RunSpec,
+    StoredEvaluation,
+    read_held_out,
+    read_rows,
+)
+from broker_server.run_state import RunStatus
+from broker_server.simulated_training import TrainingData, quiet_libraries
+from broker_server.simulation_folder import Score, SimulationFolder, SimulationState, report_of
+from broker_server.simulation_plots import write_simulation_plot
+from broker_server.simulation_spec import SimulationSpec, find_base_model
+from broker_server.simulation_trainers import hire
+from broker_server.strategies import (
+    RoundOutcome,
+    Strategy,
+    learn_from_round,
+    restore_state,
+)
+from broker_server.virtual_fleet import ModelCost, VirtualFleet, generator_for
+from broker_server.virtual_run import Testbed, VirtualRun
+from wire_protocol.errors import ConfigError
+from wire_protocol.messages import BlobRef, DatasetReport
+from wire_protocol.records import to_examples
+from wire_protocol.tensors import decode
+
+RUN_ID = "simulation"
+"""The same for every run: assignments, and so seeds, of two strategies carry the same names."""
+
+BLOBS_FOLDER = "blobs"
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """The training file, split.
+
+    Attributes:
+        rows: by device, its row numbers in the file.
+        reports: by device, what it tells the server about its dataset.
+    """
+
+    rows: Mapping[str, tuple[int, ...]]
+    reports: Mapping[str, DatasetReport]
+
+
+def simulate(
+    spec: SimulationSpec,
+    out: Path,
+    *,
+    processes: int = 1,
+    pictures: bool = True,
+    watch: Callable[[SimulationState], object] = lambda _state: None,
+) -> SimulationState:
+    """Run a simulation to its end, or go on with an interrupted one.
+
+    Args:
+        spec: what to simulate.
+        out: the run's folder; made if needed.
+        processes: that train; the results do not depend on it.
+        pictures: draw the finished run; takes seconds.
+        watch: told about every committed state.
+
+    Raises:
+        ConfigError: a file or a key of the specification is wrong, or the
+            folder holds another simulation.
+        LegendError: a device's or the server's work cannot be done here.
+    """
+    folder = SimulationFolder(out)
+    state = folder.prepare(spec)
+    if state is not None and state.status is not RunStatus.RUNNING:
+        return state
+    quiet_libraries()
+    scene = _set_scene(spec, out, state)
+    judge = Judge(spec, scene.run, scene.base.folder, out, scene.blobs)
+
+    def commit(reached: SimulationState) -> None:
+        folder.write(reached, report_of(spec, reached, scene.run.labels))
+        watch(reached)
+
+    with hire(_training_data(spec, scene), processes=processes) as trainers:
+        testbed = Testbed(
+            run=scene.run,
+            cost=scene.cost,
+            fleet=scene.fleet,
+            devices=_born(scene, state),
+            blobs=scene.blobs,
+            trainers=trainers,
+            judge=judge.score,
+            commit=commit,
+        )
+        prepared = scene.prepared
+        coordinator = Coordinator(prepared.plan, prepared.strategy, prepared.checkpoint)
+        first = state or SimulationState(now=0.0, checkpoint=prepared.checkpoint)
+        ended = VirtualRun(testbed, coordinator, first).run()
+    if pictures:
+        report = report_of(spec, ended, scene.run.labels)
+        write_plots(out, report)
+        write_simulation_plot(out, report, _boards(scene.fleet))
+    return ended
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Everything of a simulation that holds no model yet."""
+
+    base: BaseModel
+    cost: ModelCost
+    fleet: VirtualFleet
+    blobs: BlobStore
+    run: RunSpec
+    prepared: PreparedRun
+    data: LocalData
+
+
+def _set_scene(spec: SimulationSpec, out: Path, state: SimulationState | None) -> _Scene:
+    base = read_base_model(find_base_model(spec.model))
+    fleet = VirtualFleet(
+        spec.fleet_profile(),
+        seed=spec.seed,
+        link_jitter=spec.link_jitter,
+        availability=spec.availability,
+    )
+    blobs = BlobStore(out / BLOBS_FOLDER)
+    held_out = read_held_out(spec.evaluation)
+    run = spec.run_spec(held_out, _stored(blobs, held_out))
+    prepared = prepare_run(
+        RUN_ID,
+        run,
+        shape=base.shape,
+        digest=base.digest,
+        blobs=blobs,
+        checkpoint=state.checkpoint.model_dump_json() if state else None,
+    )
+    _remind(prepared.strategy, state, blobs)
+    return _Scene(
+        base=base,
+        cost=ModelCost(base.shape, base.digest, base.size_bytes),
+        fleet=fleet,
+        blobs=blobs,
+        run=run,
+        prepared=prepared,
+        data=split_training_file(spec, list(fleet.devices), run),
+    )
+
+
+class Judge:
+    """Scores global adapters like the server does: as the PEFT folder that people get.
+
+    Args:
+        spec: names the held-out files.
+        run: task, labels, lengths.
+        model_dir: the base model.
+        out: the run's folder; ``adapter/`` in it is written anew each time.
+        blobs: holds adapters and held-out examples.
+    """
+
+    def __init__(
+        self, spec: SimulationSpec, run: RunSpec, model_dir: Path, out: Path, blobs: BlobStore
+    ) -> None:
+        self._spec = spec
+        self._run = run
+        self._model_dir = model_dir
+        self._folder = out / ADAPTER_FOLDER
+        self._blobs = blobs
+        self._test = self._bench(spec.evaluation)
+        self._validation = self._bench(spec.validation) if spec.validation else None
+
+    def score(self, round_number: int, adapter: BlobRef) -> tuple[Score, Score | None]:
+        """The score that decides, and that on the test file if it is another one.
+
+        Raises:
+            LegendError: the adapter does not fit the base model.
+        """
+        labels = self._run.labels if self._run.task == "classification" else ()
+        card = AdapterCard(
+            title=f"{self._spec.name}, round {round_number} (simulated)",
+            base_model=self._spec.model_name,
+            labels=labels,
+            metrics={"round": round_number},
+        )
+        tensors = decode(self._blobs.read(adapter.sha256))
+        export_adapter(tensors, self._model_dir, self._folder, card=card)
+        test = self._score(self._test)
+        if self._validation is None:
+            return test, None
+        return self._score(self._validation), test
+
+    def _score(self, bench: evaluate.Bench) -> Score:
+        return Score.model_validate(evaluate.evaluate(bench, self._folder))
+
+    def _bench(self, held_out: LocalEvaluation) -> evaluate.Bench:
+        stored = _stored(self._blobs, read_held_out(held_out))
+        setup = EvaluationSetup(
+            model_dir=self._model_dir,
+            task=self._run.task,
+            file=self._blobs.path(stored.sha256),
+            labels=self._run.labels,
+            max_tokens=self._run.max_tokens,
+            threads=self._spec.threads,
+        )
+        return evaluate.prepare(setup.request())
+
+
+def split_training_file(spec: SimulationSpec, device_ids: Sequence[str], run: RunSpec) -> LocalData:
+    """Split the training file over the devices; depends on seed, file and partition alone.
+
+    Raises:
+        ConfigError: the file cannot be read, is too short, or has a label that
+            the run does not know.
+    """
+    examples = to_examples(read_rows(spec.train.path), spec.train.columns)
+    labels = [example.label for example in examples]
+    classes = run.task == "classification"
+    if classes and (unknown := sorted(set(labels) - set(run.labels))):
+        raise ConfigError(f"train: {unknown[0]!r} is a label that the held-out file lacks")
+    # Free answers are no classes to skew by.
+    kinds = labels if classes else [""] * len(labels)
+    options = PartitionOptions(
+        devices=len(device_ids),
+        alpha=spec.partition.alpha,
+        quantity_alpha=spec.partition.quantity_alpha,
+        minimum=spec.partition.minimum,
+    )
+    parts = split_by_label(kinds, options, generator=generator_for(spec.seed, "partition"))
+    rows = {
+        name: tuple(int(row) for row in part) for name, part in zip(device_ids, parts, strict=True)
+    }
+    reports = {
+        name: DatasetReport(
+            examples=len(mine),
+            labels=tuple(sorted(Counter(labels[row] for row in mine))) if classes else (),
+        )
+        for name, mine in rows.items()
+    }
+    return LocalData(rows, reports)
+
+
+def _remind(strategy: Strategy, state: SimulationState | None, blobs: BlobStore) -> None:
+    """Give a strategy back what it knew when the simulation was stopped."""
+    if state is None:
+        return
+    if state.baseline is not None:
+        learn_from_round(strategy, RoundOutcome(0, state.baseline.accuracy, 0.0))
+    for result in state.rounds:
+        learn_from_round(strategy, RoundOutcome(result.round, result.accuracy, result.duration_s))
+    if state.strategy_state is not None:
+        restore_state(strategy, decode(blobs.read(state.strategy_state.sha256)))
+
+
+def _training_data(spec: SimulationSpec, scene: _Scene) -> TrainingData:
+    return TrainingData(
+        model_dir=scene.base.folder,
+        recipe=scene.prepared.plan.recipe,
+        train_file=spec.train.path,
+        columns=spec.train.columns,
+        rows=scene.data.rows,
+        threads=spec.threads,
+    )
+
+
+def _born(scene: _Scene, state: SimulationState | None) -> Fleet:
+    """The server's registry, with what it had learned when the simulation was stopped."""
+    devices = Fleet()
+    for device_id in scene.fleet.devices:
+        data = (scene.run.dataset, scene.data.reports[device_id])
+        devices.born(device_id, 1, scene.fleet.birth(device_id, scene.cost, data), 0.0)
+    for device_id, estimate in (state.estimates if state else {}).items():
+        devices.devices[device_id].estimate = estimate
+    return devices
+
+
+def _stored(blobs: BlobStore, held_out: HeldOut) -> StoredEvaluation:
+    return StoredEvaluation(sha256=blobs.put(held_out.content), size_bytes=len(held_out.content))
+
+
+def _boards(fleet: VirtualFleet) -> Mapping[str, str]:
+    return {name: device.group.board for name, device in fleet.devices.items()}

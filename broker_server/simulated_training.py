@@ -1,0 +1,249 @@
+"""The devices' training recipe, run here on a virtual clock.
+
+The only module on this side that imports the agent's recipe. What is trained is
+what a live device trains, step for step; what it costs is reckoned from the
+tokens of the very batches. Results depend on the assignment alone, not on what
+this process trained before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from broker_server.run_setup import BYTES_PER_VALUE
+from broker_server.virtual_fleet import Conditions, ModelCost
+from edge_agent.dataset import Tokenised, endless_batches
+from edge_agent.finetune import BaseModel, Supervision, load_base_model, prepare_data, train
+from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
+from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.messages import RoundStart, StepReport, TrainingRecipe
+from wire_protocol.records import Columns
+from wire_protocol.tensors import decode, encode
+
+UPLOAD_MARGIN_ROUND_TRIPS = 4
+"""A live agent keeps this much, besides the upload itself, to arrive in time."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What every trainer loads once.
+
+    Attributes:
+        train_file: the examples of all devices.
+        rows: by device, its row numbers in the file.
+        threads: of torch's arithmetic.
+    """
+
+    model_dir: Path
+    recipe: TrainingRecipe
+    train_file: Path
+    columns: Columns
+    rows: Mapping[str, tuple[int, ...]]
+    threads: int
+
+
+@dataclass(frozen=True)
+class VirtualAssignment:
+    """One assignment, and what the device is like while it works on it.
+
+    Attributes:
+        adapter: the global adapter as it was sent.
+    """
+
+    device_id: str
+    start: RoundStart
+    conditions: Conditions
+    cost: ModelCost
+    adapter: bytes
+
+
+@dataclass(frozen=True)
+class TrainedUpdate:
+    """What came of an assignment: an update, or the reason why there is none.
+
+    Attributes:
+        update: the encoded delta; empty after a failure.
+        report: as the device reports it, in virtual seconds.
+        duration_s: from assignment to update, or to the failure.
+    """
+
+    device_id: str
+    update: bytes
+    examples: int
+    report: StepReport | None
+    duration_s: float
+    failure: tuple[str, str] | None = None
+
+
+class SimulatedTrainer:
+    """One process with a warm base model and the tokenised examples.
+
+    Args:
+        data: what to train on.
+
+    Raises:
+        DeviceError: the base model or the training file cannot be used.
+    """
+
+    def __init__(self, data: TrainingData) -> None:
+        torch.set_num_threads(data.threads)
+        quiet_libraries()
+        recipe = data.recipe
+        self._data = data
+        self._recipe = Recipe(
+            task=recipe.task,
+            labels=recipe.labels,
+            learning_rate=recipe.learning_rate,
+            head_learning_rate=recipe.head_learning_rate,
+            max_tokens=recipe.max_tokens,
+            codec=recipe.codec,
+        )
+        self._base: BaseModel = load_base_model(
+            data.model_dir, recipe.task, self._recipe.label_count
+        )
+        self._examples = prepare_data(
+            self._base, data.train_file, columns=data.columns, recipe=self._recipe
+        )
+
+    def train(self, assignment: VirtualAssignment) -> TrainedUpdate:
+        """Train as the device would; a device's failure is a result like any other."""
+        torch.set_num_threads(self._data.threads)
+        examples = [self._examples[row] for row in self._data.rows[assignment.device_id]]
+        clock = VirtualSteps(assignment, examples)
+        try:
+            outcome = train(
+                self._base,
+                examples,
+                adapter=decode(assignment.adapter),
+                request=self._request(assignment, clock.training_deadline_s),
+                supervision=Supervision(
+                    on_step=clock.stepped, elapsed_s=clock.elapsed_s, sleep=lambda _seconds: None
+                ),
+            )
+            update = encode(outcome.delta, self._recipe.codec)
+        except DeviceError as error:
+            failure = (error.code.value, str(error))
+            spent_s = clock.download_s + clock.elapsed_s()
+            return TrainedUpdate(assignment.device_id, b"", 0, None, spent_s, failure)
+        return clock.finished(update, outcome.report)
+
+    def _request(self, assignment: VirtualAssignment, deadline_s: float) -> TrainRequest:
+        start = assignment.start
+        return TrainRequest(
+            ranks=start.ranks,
+            steps=start.steps,
+            deadline_s=deadline_s,
+            seed=start.seed,
+            recipe=self._recipe,
+            limits=LocalLimits(start.recipe.batch_size, threads=self._data.threads),
+            model_dir=self._data.model_dir,
+            adapter_file=Path(start.adapter.sha256),
+            dataset_file=self._data.train_file,
+            columns=self._data.columns,
+        )
+
+
+class VirtualSteps:
+    """The clock of one assignment: each step costs what its tokens cost.
+
+    The batches are drawn here a second time, from the assignment's seed, so
+    that the recipe can be told the virtual time while it runs.
+
+    Args:
+        assignment: what is trained, where.
+        examples: the device's own.
+    """
+
+    def __init__(self, assignment: VirtualAssignment, examples: Sequence[Tokenised]) -> None:
+        self._assignment = assignment
+        self._examples = len(examples)
+        start, link = assignment.start, assignment.conditions
+        self._depth = start.lora.depth
+        self.download_s = start.adapter.size_bytes / link.down_bytes_per_s
+        share = self._depth / start.lora.layer_count * BYTES_PER_VALUE[start.recipe.codec] / 4.0
+        upload_s = start.adapter.size_bytes * share / link.up_bytes_per_s
+        margin_s = upload_s + UPLOAD_MARGIN_ROUND_TRIPS * link.round_trip_s
+        self.training_deadline_s = max(1.0, start.deadline_s - self.download_s - margin_s)
+        tokens = step_tokens(examples, start.recipe.batch_size, seed=start.seed)
+        self._tokens = list(itertools.islice(tokens, start.steps))
+        self._done = 0
+
+    def stepped(self, steps: int, _loss: float) -> None:
+        """The recipe finished its ``steps``-th step."""
+        self._done = steps
+
+    def elapsed_s(self) -> float:
+        """Virtual seconds of the steps so far."""
+        tokens = sum(self._tokens[: self._done])
+        return self._forward_s(tokens) + self._backward_s(tokens)
+
+    def finished(self, update: bytes, report: TrainingReport) -> TrainedUpdate:
+        """What the device reports, in virtual seconds.
+
+        Raises:
+            DeviceError: the recipe trained other batches than those reckoned with.
+        """
+        planned = sum(self._tokens[: report.steps_done])
+        if report.tokens != planned:
+            line = f"{report.tokens} tokens were trained, {planned} were reckoned with"
+            raise DeviceError(FailureCode.INTERNAL, f"the virtual clock is wrong: {line}")
+        cost, start = self._assignment.cost, self._assignment.start
+        forward_s, backward_s = self._forward_s(report.tokens), self._backward_s(report.tokens)
+        upload_s = len(update) / self._assignment.conditions.up_bytes_per_s
+        largest = max(self._tokens[: report.steps_done])
+        virtual = StepReport(
+            steps_done=report.steps_done,
+            tokens=report.tokens,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            training_s=forward_s + backward_s,
+            download_s=self.download_s,
+            download_bytes=start.adapter.size_bytes,
+            upload_s=upload_s,
+            upload_bytes=len(update),
+            peak_memory_bytes=cost.peak_memory_bytes(largest, self._depth),
+            batch_size=report.batch_size,
+            gradient_checkpointing=report.gradient_checkpointing,
+            first_loss=report.first_loss,
+            last_loss=report.last_loss,
+        )
+        duration_s = self._assignment.conditions.round_trip_s + self.download_s
+        duration_s += virtual.training_s + upload_s
+        device_id = self._assignment.device_id
+        return TrainedUpdate(device_id, update, self._examples, virtual, duration_s)
+
+    def _forward_s(self, tokens: int) -> float:
+        return self._assignment.cost.forward_s(tokens, self._assignment.conditions.flops_per_s)
+
+    def _backward_s(self, tokens: int) -> float:
+        flops_per_s = self._assignment.conditions.flops_per_s
+        return self._assignment.cost.backward_s(tokens, self._depth, flops_per_s)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' notes about loading away from the progress bar."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def step_tokens(examples: Sequence[Tokenised], batch_size: int, *, seed: int) -> Iterable[int]:
+    """Tokens that each step of the recipe computes, padding included; endless.
+
+    Args:
+        examples: the device's own; at least one.
+        batch_size: examples of a step.
+        seed: of the assignment.
+    """
+    lengths = [example.length for example in examples]
+    generator = random.Random(seed)  # noqa: S311 - shuffling, no secret
+    for batch in endless_batches(lengths, min(batch_size, len(lengths)), generator=generator):
+        yield len(batch) * max(lengths[row] for row in batch)

@@ -1,0 +1,316 @@
+"""One run on a virtual clock: the shell around the coordinator in a simulation.
+
+The coordinator cannot tell it from the live shell: it gets the same events in
+the order of time and its actions are carried out. Between two events nothing
+happens, so the clock jumps. Aggregation and evaluation take no virtual time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import structlog
+
+from broker_server import run_events as events
+from broker_server.blobs import BlobStore
+from broker_server.coordinator import Coordinator, Phase
+from broker_server.fleet import Fleet
+from broker_server.run_spec import RunSpec
+from broker_server.run_state import RunStatus
+from broker_server.simulated_training import TrainedUpdate, VirtualAssignment
+from broker_server.simulation_folder import Score, SimulationState
+from broker_server.simulation_trainers import Trainers
+from broker_server.strategies import RoundOutcome, learn_from_round, saved_state
+from broker_server.virtual_fleet import ModelCost, VirtualFleet
+from wire_protocol.errors import LegendError, ProtocolError
+from wire_protocol.lora import Codec
+from wire_protocol.messages import BlobRef, UpdateManifest
+from wire_protocol.model_family import adapter_shapes
+from wire_protocol.tensors import check_shapes, decode, encode
+
+log = structlog.get_logger()
+
+RESTARTED_BEFORE_S = 60.0
+"""Longer than a coordinator waits for devices to come back after a restart."""
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """What a virtual run acts upon.
+
+    Attributes:
+        run: the specification as the live server would accept it.
+        devices: the server's registry, all of them born.
+        blobs: holds global adapters.
+        judge: scores a round's adapter: for decisions, and on the test file
+            if that is another one.
+        commit: told every committed state.
+    """
+
+    run: RunSpec
+    cost: ModelCost
+    fleet: VirtualFleet
+    devices: Fleet
+    blobs: BlobStore
+    trainers: Trainers
+    judge: Callable[[int, BlobRef], tuple[Score, Score | None]]
+    commit: Callable[[SimulationState], object]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of the head; none for instruction tuning."""
+        return self.run.labels if self.run.task == "classification" else ()
+
+
+class VirtualRun:
+    """Drives a coordinator to the end of its run.
+
+    Args:
+        testbed: what the run acts upon.
+        coordinator: decides.
+        state: where to begin.
+    """
+
+    def __init__(self, testbed: Testbed, coordinator: Coordinator, state: SimulationState) -> None:
+        self._testbed = testbed
+        self._coordinator = coordinator
+        self._state = state
+        self._now = state.now
+        self._order = itertools.count()
+        self._queue: list[tuple[float, int, str, events.Event]] = []
+        self._outgoing: list[events.SendAssignment] = []
+        self._updates: dict[str, bytes] = {}
+        self._scores: tuple[Score, Score | None] | None = None
+
+    def run(self) -> SimulationState:
+        """Go on until the run ends; returns its last state.
+
+        Raises:
+            LegendError: training or evaluation is impossible as specified.
+        """
+        # A restart lies in the past: what it makes the coordinator wait for takes no round's time.
+        self._now = self._state.now - RESTARTED_BEFORE_S
+        for _, event in self._reports(max(1, self._coordinator.round_number)):
+            self._handle(event)
+        self._handle(events.RunStarted())
+        self._now = self._state.now
+        while self._state.status is RunStatus.RUNNING:
+            self._handle(self._next_event())
+        return self._state
+
+    def _handle(self, event: events.Event) -> None:
+        for action in self._coordinator.handle(event, self._now):
+            self._carry_out(action)
+        self._train()
+
+    # The clock
+
+    def _push(self, when: float, device_id: str, event: events.Event) -> None:
+        heapq.heappush(self._queue, (when, next(self._order), device_id, event))
+
+    def _next_event(self) -> events.Event:
+        """Move the clock to what happens next, and say what it is."""
+        if not self._queue and self._coordinator.phase is Phase.PREPARING:
+            self._report_devices(self._coordinator.round_number)
+        deadline = self._coordinator.next_deadline()
+        if self._queue and (deadline is None or self._queue[0][0] <= deadline):
+            when, _, _, event = heapq.heappop(self._queue)
+            self._now = max(self._now, when)
+            return event
+        if deadline is None:
+            raise LegendError("the simulation waits for something that cannot happen")
+        self._now = max(self._now, deadline)
+        return events.Tick()
+
+    # Actions
+
+    def _carry_out(self, action: events.Action) -> None:
+        match action:
+            case events.SendAssignment():
+                self._outgoing.append(action)
+            case events.CancelAssignment():
+                self._queue = [entry for entry in self._queue if entry[2] != action.device_id]
+                heapq.heapify(self._queue)
+            case events.CheckUpdate():
+                self._check(action)
+            case events.RecordUpdate():
+                rho = self._coordinator.strategy.rho
+                self._testbed.devices.learn(action.device_id, action.manifest, rho=rho)
+            case events.AggregateRound():
+                self._push(self._now, "", self._aggregated(action))
+            case events.EvaluateAdapter():
+                self._evaluate(action)
+            case events.SaveCheckpoint():
+                self._save(action)
+            case events.FinishRun():
+                ended = {"status": action.status, "reason": action.reason}
+                self._commit(self._state.model_copy(update=ended))
+            case events.Acknowledge():
+                if action.status == "rejected":
+                    log.warning("update_rejected", device_id=action.device_id, code=action.code)
+            case events.MeasureDevice():
+                pass  # a virtual device is born measured
+
+    def _check(self, action: events.CheckUpdate) -> None:
+        manifest = action.manifest
+        labels = len(self._testbed.labels)
+        expected = adapter_shapes(self._testbed.cost.shape, manifest.ranks, labels)
+        problem = None
+        try:
+            check_shapes(decode(self._updates[manifest.update.sha256]), expected)
+        except ProtocolError as error:
+            problem = str(error)
+        checked = events.UpdateChecked(action.device_id, action.message_id, manifest, problem)
+        self._push(self._now, action.device_id, checked)
+
+    def _aggregated(self, action: events.AggregateRound) -> events.Event:
+        try:
+            return events.RoundAggregated(self._aggregate(action))
+        except LegendError as error:
+            return events.StepBroke(f"aggregation failed: {error}")
+
+    def _aggregate(self, action: events.AggregateRound) -> BlobRef:
+        blobs = self._testbed.blobs
+        aggregation = self._coordinator.strategy.begin(decode(blobs.read(action.base.sha256)))
+        for update in action.updates:
+            manifest = update.manifest
+            aggregation.add(
+                update.device_id,
+                decode(self._updates[manifest.update.sha256]),
+                weight=float(manifest.examples),
+                steps=manifest.report.steps_done,
+            )
+        self._updates.clear()
+        data = encode(aggregation.result(), Codec.FP32)
+        return BlobRef(sha256=blobs.put(data), size_bytes=len(data))
+
+    def _evaluate(self, action: events.EvaluateAdapter) -> None:
+        self._scores = self._testbed.judge(action.round_number, action.adapter)
+        decisive, _ = self._scores
+        open_round = self._coordinator.round
+        duration_s = self._now - open_round.began if open_round else 0.0
+        outcome = RoundOutcome(action.round_number, decisive.accuracy, duration_s)
+        learn_from_round(self._coordinator.strategy, outcome)
+        # Before the answer: it opens the next round, and the lost must be back by then.
+        self._report_devices(action.round_number + 1)
+        self._push(self._now, "", events.AdapterEvaluated(decisive.accuracy, decisive.loss))
+
+    def _save(self, action: events.SaveCheckpoint) -> None:
+        """Commit between rounds; a round that is open is trained again after a restart."""
+        if self._scores is None or (action.result is None and action.baseline is None):
+            return
+        decisive, test = self._scores
+        before = self._state
+        estimates = {
+            name: record.estimate
+            for name, record in self._testbed.devices.devices.items()
+            if record.estimate is not None
+        }
+        changes = {
+            "now": self._now,
+            "checkpoint": action.checkpoint,
+            "baseline": decisive if action.baseline else before.baseline,
+            "rounds": (*before.rounds, action.result) if action.result else before.rounds,
+            "test_scores": (*before.test_scores, test) if test else before.test_scores,
+            "estimates": estimates,
+            "strategy_state": self._strategy_state(),
+        }
+        self._commit(before.model_copy(update=changes))
+
+    def _strategy_state(self) -> BlobRef | None:
+        tensors = saved_state(self._coordinator.strategy)
+        if not tensors:
+            return None
+        data = encode(tensors, Codec.FP32)
+        return BlobRef(sha256=self._testbed.blobs.put(data), size_bytes=len(data))
+
+    def _commit(self, state: SimulationState) -> None:
+        spent = _blobs_of(self._state) - _blobs_of(state)
+        self._state = state
+        self._testbed.commit(state)
+        for sha256 in spent:
+            self._testbed.blobs.remove(sha256)
+
+    # Devices
+
+    def _report_devices(self, round_number: int) -> None:
+        for device_id, event in self._reports(round_number):
+            self._push(self._now, device_id, event)
+
+    def _reports(self, round_number: int) -> Iterator[tuple[str, events.Event]]:
+        """Who is there for a round, with what is known of it, and who is away."""
+        present = set(self._testbed.fleet.present(round_number))
+        for device_id in self._testbed.devices.devices:
+            if device_id not in present:
+                yield device_id, events.DeviceLost(device_id)
+                continue
+            capacity, note = self._testbed.devices.capacity(
+                device_id,
+                model_digest=self._testbed.cost.digest,
+                dataset=self._testbed.run.dataset,
+                labels=self._testbed.labels,
+            )
+            yield device_id, events.DeviceReported(device_id, capacity, note)
+
+    def _train(self) -> None:
+        """Let the devices work that were just assigned something."""
+        outgoing, self._outgoing = self._outgoing, []
+        working: list[VirtualAssignment] = []
+        for action in outgoing:
+            device_id, start = action.device_id, action.start
+            accepted = events.AssignmentAccepted(device_id, start.assignment_id)
+            self._push(self._now, device_id, accepted)
+            lost_at = self._lost_at(action)
+            if lost_at is not None:
+                self._push(lost_at, device_id, events.DeviceLost(device_id))
+                continue
+            conditions = self._testbed.fleet.conditions(device_id, start.round_number)
+            adapter = self._testbed.blobs.read(start.adapter.sha256)
+            cost = self._testbed.cost
+            working.append(VirtualAssignment(device_id, start, conditions, cost, adapter))
+        for assignment, trained in zip(working, self._testbed.trainers.train(working), strict=True):
+            self._answer(assignment, trained)
+
+    def _lost_at(self, action: events.SendAssignment) -> float | None:
+        """When the device is lost in this assignment, if it is."""
+        coordinator, start = self._coordinator, action.start
+        share = self._testbed.fleet.lost_after(
+            action.device_id, start.round_number, coordinator.attempt
+        )
+        if share is None or coordinator.round is None:
+            return None
+        part = coordinator.round.members[action.device_id].checkpoint
+        return self._now + share * part.predicted_s
+
+    def _answer(self, assignment: VirtualAssignment, trained: TrainedUpdate) -> None:
+        when = self._now + trained.duration_s
+        device_id, start = assignment.device_id, assignment.start
+        if trained.failure is not None or trained.report is None:
+            code, detail = trained.failure or ("internal", "no report")
+            failed = events.AssignmentFailed(device_id, start.assignment_id, code, detail)
+            self._push(when, device_id, failed)
+            return
+        digest = hashlib.sha256(trained.update).hexdigest()
+        self._updates[digest] = trained.update
+        manifest = UpdateManifest(
+            run_id=start.run_id,
+            round_number=start.round_number,
+            assignment_id=start.assignment_id,
+            base_sha256=start.adapter.sha256,
+            ranks=start.ranks,
+            update=BlobRef(sha256=digest, size_bytes=len(trained.update)),
+            examples=trained.examples,
+            report=trained.report,
+            emulated=self._testbed.fleet.devices[device_id].group.board,
+        )
+        arrived = events.UpdateArrived(device_id, start.assignment_id, manifest)
+        self._push(when, device_id, arrived)
+
+
+def _blobs_of(state: SimulationState) -> set[str]:
+    refs = (state.checkpoint.adapter, state.strategy_state)
+    return {ref.sha256 for ref in refs if ref is not None}
