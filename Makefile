@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast check docs clean
+.PHONY: help venv demo test test-fast test-ansible check docs clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,15 @@ demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 	$(BIN)/legend demo $(DEMO_ARGS)
 
 test: venv mosquitto ## Every test; those with real fleets come last and have the machine to themselves
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible"
 	$(BIN)/python -m pytest -m e2e
 
 test-fast: venv ## The tests that need no service and no training
-	$(BIN)/python -m pytest -m "not integration and not e2e and not train"
+	$(BIN)/python -m pytest -m "not integration and not e2e and not train and not ansible"
+
+test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
+	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
 
 check: venv ## Format, lint, types, import contracts, generated files
 	$(BIN)/ruff format --check .

@@ -118,11 +118,16 @@ class _Routes:
             )
         user = broker.device_credentials
         login = f"{quote(user.username, safe='')}:{quote(user.password, safe='')}@" if user else ""
-        scheme, _, place = broker.url.partition("://")
+        place = broker.host
+        if not broker.loopback_only and _is_loopback(place):
+            # It listens on every address: the one that the device reached us at is one of them.
+            place = request.url.hostname or place
+        bracketed = f"[{place}]" if ":" in place else place
+        scheme = "mqtts" if broker.tls else "mqtt"
         return {
             "fleet": self._server.settings.fleet,
             "protocol": [PROTOCOL_VERSION],
-            "broker_url": f"{scheme}://{login}{place}",
+            "broker_url": f"{scheme}://{login}{bracketed}:{broker.port}",
         }
 
     async def devices(self) -> dict[str, object]:

@@ -107,7 +107,7 @@ class Agent:
         """Serve until cancelled."""
         tasks.start_soon(self._pump, name="broker")
         tasks.start_soon(self._read_sensors, name="sensors")
-        self.notifier.ready("connecting to the broker")
+        self.notifier.status("connecting to the broker")
         while True:
             event = await self._next_event()
             # Fed by the loop that does the work: a stuck loop must be restarted.
@@ -148,10 +148,12 @@ class Agent:
             match item:
                 case Connected():
                     log.info("broker_connected", sid=item.sid)
+                    self.notifier.status("connected to the broker")
                     self._losses = 0
                     await self._send.send(session.Connected(item.sid))
                 case Disconnected():
                     log.warning("broker_lost", reason=item.reason, retry_in_s=item.retry_in_s)
+                    self.notifier.status(f"no broker: {item.reason}")
                     await self._send.send(session.Disconnected())
                     self._losses += 1
                     if self._losses >= LOSSES_BEFORE_ASKING:
@@ -376,6 +378,7 @@ class Agent:
     def _status(self) -> dict[str, object]:
         return {
             "device_id": self.settings.device_id,
+            "version": version("legend-edge"),
             "fleet": self.settings.fleet,
             "server": self.settings.server,
             "connected": self.session.connected,

@@ -71,6 +71,8 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
         BlobClient(settings.server, token=settings.token, link=ShapedLink(shape)) as blobs,
     ):
         workshop = Workshop(device, state, blobs, provisioning, trainer)
+        # Ready means that the agent runs: a device may boot long before its server.
+        notifier.ready("looking for the server")
         try:
             while True:
                 login = await find_broker(settings, provisioning, rng)

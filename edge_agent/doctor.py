@@ -65,13 +65,19 @@ def examine(settings_file: Path | None) -> list[Finding]:
 def print_findings(findings: list[Finding]) -> None:
     """Show the findings as a table."""
     from rich.console import Console  # noqa: PLC0415 - slow to import
+    from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     colours = {"ok": "green", "warning": "yellow", "broken": "red"}
     table = Table("check", "state", "seen", "what to do")
     for finding in findings:
         colour = colours[finding.state]
-        table.add_row(finding.check, f"[{colour}]{finding.state}[/]", finding.seen, finding.remedy)
+        table.add_row(
+            finding.check,
+            f"[{colour}]{finding.state}[/]",
+            escape(finding.seen),
+            escape(finding.remedy),
+        )
     Console().print(table)
 
 

@@ -23,6 +23,7 @@ class StatusFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / STATUS_FILE
+        self._path.unlink(missing_ok=True)  # of an earlier life
         self._written: dict[str, object] = {}
 
     def write(self, status: dict[str, object]) -> None:
@@ -48,11 +49,20 @@ def read_status(folder: Path) -> dict[str, object]:
         with (folder / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        status: dict[str, object] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        return status
+        return _running(folder)
     except OSError:
         pass  # no lock file: no agent ever ran here
     raise Unavailable(f"no agent runs in {folder}; start one with: edge-agent start")
+
+
+def _running(folder: Path) -> dict[str, object]:
+    """What the agent wrote; right after its start, only its process id."""
+    try:
+        status: dict[str, object] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pid = (folder / "lock").read_text(encoding="ascii").strip() or "0"
+        status = {"pid": int(pid), "connected": False}
+    return status
 
 
 def stop_agent(folder: Path, *, patience_s: float = 30.0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def test_a_local_device_learns_the_broker_with_its_password(ask: Ask) -> None:
     answer = ask("GET", "/v1/join?device_id=pi").json()
     assert answer["broker_url"] == "mqtt://device:pass%2Fword@127.0.0.1:1"
     assert (answer["fleet"], answer["protocol"]) == ("home", [1])
+
+
+def test_a_broker_on_every_address_is_found_where_the_server_was_found(
+    ask: Ask, server: Server
+) -> None:
+    server.broker = replace(BROKER, loopback_only=False)
+    answer = ask("GET", "/v1/join?device_id=pi", host="10.1.2.3").json()
+    assert answer["broker_url"].endswith("@server:1")
 
 
 def test_a_device_elsewhere_is_refused_by_the_embedded_broker_with_the_reason(ask: Ask) -> None:
