@@ -29,6 +29,8 @@ from broker_server.export import AdapterCard, export_adapter
 from broker_server.run_folder import ADAPTER_FOLDER
 from broker_server.run_state import RunStatus
 from broker_server.store import Store
+from broker_server.strategies.learning import saved_state
+from broker_server.update_bytes import new_adapter, problem_with
 from wire_protocol.errors import LegendError, ProtocolError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import (
@@ -40,8 +42,8 @@ from wire_protocol.messages import (
     RoundCancel,
     UpdateManifest,
 )
-from wire_protocol.model_family import ModelShape, adapter_shapes
-from wire_protocol.tensors import MAX_ADAPTER_BYTES, check_shapes, decode, encode
+from wire_protocol.model_family import ModelShape
+from wire_protocol.tensors import MAX_ADAPTER_BYTES, decode, encode
 
 log = structlog.get_logger()
 
@@ -109,6 +111,7 @@ class RunLoop:
 
     def __post_init__(self) -> None:
         self._spent: set[str] = set()
+        self._strategy_states: set[str] = set()
         self._send, self._receive = anyio.create_memory_object_stream[events.Event](math.inf)
 
     def feed(self, event: events.Event) -> None:
@@ -232,10 +235,7 @@ class RunLoop:
         )
 
     def _problem_with(self, manifest: UpdateManifest) -> str | None:
-        """Compare the update's bytes with what was trained; None when all is well."""
-        expected = adapter_shapes(
-            self.context.model_shape, manifest.ranks, len(self.context.labels)
-        )
+        """Look at the size before the bytes; None when all is well."""
         try:
             size_bytes = self.blobs.size_bytes(manifest.update.sha256)
             if size_bytes != manifest.update.size_bytes:
@@ -244,10 +244,11 @@ class RunLoop:
                 )
             if size_bytes > MAX_ADAPTER_BYTES:
                 return f"update of {size_bytes} bytes exceeds {MAX_ADAPTER_BYTES}"
-            check_shapes(decode(self.blobs.read(manifest.update.sha256)), expected)
+            data = self.blobs.read(manifest.update.sha256)
         except (ProtocolError, OSError) as error:
             return str(error)
-        return None
+        context = self.context
+        return problem_with(data, manifest, context.model_shape, len(context.labels))
 
     async def _aggregate(self, action: events.AggregateRound) -> None:
         self._spent = {action.base.sha256} | {
@@ -262,16 +263,8 @@ class RunLoop:
         self.feed(events.RoundAggregated(adapter))
 
     def _new_adapter(self, action: events.AggregateRound) -> BlobRef:
-        aggregation = self.coordinator.strategy.begin(decode(self.blobs.read(action.base.sha256)))
-        for update in action.updates:
-            manifest = update.manifest
-            aggregation.add(
-                update.device_id,
-                decode(self.blobs.read(manifest.update.sha256)),
-                weight=float(manifest.examples),
-                steps=manifest.report.steps_done,
-            )
-        data = encode(aggregation.result(), Codec.FP32)
+        base, read = self.blobs.read(action.base.sha256), self.blobs.read
+        data = new_adapter(self.coordinator.strategy, base, action.updates, read=read)
         return BlobRef(sha256=self.blobs.put(data), size_bytes=len(data))
 
     async def _evaluate(self, action: events.EvaluateAdapter) -> None:
@@ -306,9 +299,16 @@ class RunLoop:
     async def _save(self, action: events.SaveCheckpoint) -> None:
         result = action.result
         baseline = action.baseline
+        checkpoint = action.checkpoint
+        if tensors := saved_state(self.coordinator.strategy):
+            state = encode(tensors, Codec.FP32)
+            ref = BlobRef(sha256=self.blobs.put(state), size_bytes=len(state))
+            checkpoint = checkpoint.model_copy(update={"strategy_state": ref})
+            self._spent |= self._strategy_states - {ref.sha256}
+            self._strategy_states = {ref.sha256}
         self.store.save_checkpoint(
             self.context.run_id,
-            action.checkpoint.model_dump_json(),
+            checkpoint.model_dump_json(),
             baseline=json.dumps(asdict(baseline)) if baseline else None,
             result=None if result is None else (result.round, result.model_dump_json()),
         )

@@ -24,9 +24,10 @@ from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import RunRecord, Store
 from broker_server.strategies import Strategy
-from broker_server.strategies.learning import RoundOutcome, learn_from_round
+from broker_server.strategies.learning import RoundOutcome, learn_from_round, restore_state
 from wire_protocol.errors import ConfigError, LegendError
 from wire_protocol.messages import UpdateManifest
+from wire_protocol.tensors import decode
 
 log = structlog.get_logger()
 
@@ -191,6 +192,8 @@ class RunQueue:
             spec.evaluation.sha256,
         )
         self._replay(record, prepared.strategy)
+        if state := prepared.checkpoint.strategy_state:
+            restore_state(prepared.strategy, decode(self._blobs.read(state.sha256)))
         rho = prepared.strategy.rho
         self._spec = spec
         self.active = RunLoop(

@@ -105,6 +105,7 @@ def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
     ]
     head = sum(math.prod(size) for name, size in sizes.items() if name.startswith("head."))
     peak = spec.batch_size * spec.max_tokens
+    of_b = sum(math.prod(size) for name, size in sizes.items() if name.endswith(".lora_B"))
     return RunShape(
         layer_count=shape.layer_count,
         values_per_rank=tuple(per_layer),
@@ -114,6 +115,7 @@ def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
         steps=spec.local_steps,
         bytes_per_value_up=BYTES_PER_VALUE[spec.codec],
         bytes_per_value_down=BYTES_PER_VALUE[Codec.FP32],
+        b_share=of_b / sum(per_layer),
     )
 
 

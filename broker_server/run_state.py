@@ -69,7 +69,8 @@ class RunCheckpoint(BaseModel):
 
     ``members`` is empty between rounds. The updates of an open round are
     stored one by one as they are acknowledged. ``finished`` says why nothing
-    is left to do.
+    is left to do. ``strategy_state`` holds tensors that a strategy keeps from
+    round to round, such as a server optimizer's moments; the shell adds it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,6 +82,7 @@ class RunCheckpoint(BaseModel):
     tokens_per_step: float
     members: dict[str, MemberCheckpoint] = {}
     finished: str | None = None
+    strategy_state: BlobRef | None = None
 
 
 class MemberResult(BaseModel):

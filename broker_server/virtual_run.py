@@ -24,13 +24,13 @@ from broker_server.run_state import RunStatus
 from broker_server.simulated_training import TrainedUpdate, VirtualAssignment
 from broker_server.simulation_folder import Score, SimulationState
 from broker_server.simulation_trainers import Trainers
-from broker_server.strategies import RoundOutcome, learn_from_round, saved_state
+from broker_server.strategies import saved_state
+from broker_server.update_bytes import new_adapter, problem_with
 from broker_server.virtual_fleet import ModelCost, VirtualFleet
-from wire_protocol.errors import LegendError, ProtocolError
+from wire_protocol.errors import LegendError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import BlobRef, UpdateManifest
-from wire_protocol.model_family import adapter_shapes
-from wire_protocol.tensors import check_shapes, decode, encode
+from wire_protocol.tensors import encode
 
 log = structlog.get_logger()
 
@@ -157,13 +157,9 @@ class VirtualRun:
 
     def _check(self, action: events.CheckUpdate) -> None:
         manifest = action.manifest
-        labels = len(self._testbed.labels)
-        expected = adapter_shapes(self._testbed.cost.shape, manifest.ranks, labels)
-        problem = None
-        try:
-            check_shapes(decode(self._updates[manifest.update.sha256]), expected)
-        except ProtocolError as error:
-            problem = str(error)
+        shape, labels = self._testbed.cost.shape, len(self._testbed.labels)
+        data = self._updates[manifest.update.sha256]
+        problem = problem_with(data, manifest, shape, labels)
         checked = events.UpdateChecked(action.device_id, action.message_id, manifest, problem)
         self._push(self._now, action.device_id, checked)
 
@@ -175,26 +171,14 @@ class VirtualRun:
 
     def _aggregate(self, action: events.AggregateRound) -> BlobRef:
         blobs = self._testbed.blobs
-        aggregation = self._coordinator.strategy.begin(decode(blobs.read(action.base.sha256)))
-        for update in action.updates:
-            manifest = update.manifest
-            aggregation.add(
-                update.device_id,
-                decode(self._updates[manifest.update.sha256]),
-                weight=float(manifest.examples),
-                steps=manifest.report.steps_done,
-            )
+        base, read = blobs.read(action.base.sha256), self._updates.__getitem__
+        data = new_adapter(self._coordinator.strategy, base, action.updates, read=read)
         self._updates.clear()
-        data = encode(aggregation.result(), Codec.FP32)
         return BlobRef(sha256=blobs.put(data), size_bytes=len(data))
 
     def _evaluate(self, action: events.EvaluateAdapter) -> None:
         self._scores = self._testbed.judge(action.round_number, action.adapter)
         decisive, _ = self._scores
-        open_round = self._coordinator.round
-        duration_s = self._now - open_round.began if open_round else 0.0
-        outcome = RoundOutcome(action.round_number, decisive.accuracy, duration_s)
-        learn_from_round(self._coordinator.strategy, outcome)
         # Before the answer: it opens the next round, and the lost must be back by then.
         self._report_devices(action.round_number + 1)
         self._push(self._now, "", events.AdapterEvaluated(decisive.accuracy, decisive.loss))

@@ -20,6 +20,7 @@ from broker_server.run_events import (
     CheckUpdate,
     Event,
     RoundAggregated,
+    SaveCheckpoint,
     StepBroke,
     UpdateChecked,
 )
@@ -27,6 +28,7 @@ from broker_server.run_loop import RunContext, RunLoop
 from broker_server.run_state import RunCheckpoint, RunPlan
 from broker_server.store import Store
 from broker_server.strategies import strategy_named
+from broker_server.strategies.learning import restore_state, saved_state
 from tests.support.capacities import SIX_LAYERS
 from tests.support.messages import SHA, a_manifest, a_recipe, a_report
 from wire_protocol.lora import Codec
@@ -160,3 +162,21 @@ def test_a_blob_that_vanished_breaks_the_step_and_not_the_server(loop: RunLoop) 
     event = anyio.run(told, loop, loop._aggregate, AggregateRound(1, ref, (missing,)))
     assert isinstance(event, StepBroke)
     assert "aggregation failed" in event.detail
+
+
+def test_a_server_optimizer_s_memory_is_saved_with_every_checkpoint(loop: RunLoop) -> None:
+    options = {"server_optimizer": "momentum"}
+    loop.coordinator.strategy = strategy_named("legend", options)
+    loop.store.create_run("run-1", "{}")
+    assert isinstance(aggregate(loop, [(1.0, 100)]), RoundAggregated)
+    anyio.run(loop._save, SaveCheckpoint(loop.coordinator._checkpoint()))
+    record = loop.store.run("run-1")
+    assert record is not None
+    assert record.checkpoint is not None
+    state = RunCheckpoint.model_validate_json(record.checkpoint).strategy_state
+    assert state is not None
+    restored = strategy_named("legend", options)
+    restore_state(restored, decode(loop.blobs.read(state.sha256)))
+    kept, expected = saved_state(restored), saved_state(loop.coordinator.strategy)
+    assert kept.keys() == expected.keys() != set()
+    assert all(np.array_equal(kept[name], expected[name]) for name in kept)
