@@ -276,6 +276,7 @@ class Coordinator:
                 ranks=plan.lora.ranks,
                 steps=plan.steps,
                 predicted_s=plan.predicted_s,
+                factors=plan.factors,
             )
             for device_id, plan in sorted(configuration.plans.items())
         }

@@ -186,7 +186,7 @@ class OpenRound:
         if problem := _rank_problem(manifest.ranks, member.checkpoint.ranks):
             return self._refuse(event, member, "malformed", problem)
         member.status = MemberStatus.CHECKING
-        return [CheckUpdate(event.device_id, event.message_id, manifest, member.checkpoint.ranks)]
+        return [CheckUpdate(event.device_id, event.message_id, manifest, member.checkpoint)]
 
     def update_checked(self, event: UpdateChecked, now: float) -> list[Action]:
         """Take the update in, or say what is wrong with it."""
@@ -224,6 +224,7 @@ class OpenRound:
             round_number=self.number,
             assignment_id=part.assignment_id,
             ranks=part.ranks,
+            factors=part.factors,
             steps=part.steps,
             deadline_s=min(LONGEST_ROUND_S, max(1.0, self.until - now)),
             seed=int.from_bytes(seed[:4], "big"),

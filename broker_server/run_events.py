@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from broker_server.run_state import RoundResult, RunCheckpoint, RunStatus
+from broker_server.run_state import MemberCheckpoint, RoundResult, RunCheckpoint, RunStatus
 from broker_server.strategies import DeviceCapacity
 from wire_protocol.messages import BlobRef, RoundStart, UpdateManifest
 
@@ -158,7 +158,7 @@ class CheckUpdate:
     device_id: str
     message_id: str
     manifest: UpdateManifest
-    assigned_ranks: tuple[int, ...]
+    assigned: MemberCheckpoint
 
 
 @dataclass(frozen=True)

@@ -229,13 +229,14 @@ class RunLoop:
     # Slow work, beside the loop
 
     async def _check(self, action: events.CheckUpdate) -> None:
-        problem = await anyio.to_thread.run_sync(self._problem_with, action.manifest)
+        problem = await anyio.to_thread.run_sync(self._problem_with, action)
         self.feed(
             events.UpdateChecked(action.device_id, action.message_id, action.manifest, problem)
         )
 
-    def _problem_with(self, manifest: UpdateManifest) -> str | None:
+    def _problem_with(self, action: events.CheckUpdate) -> str | None:
         """Look at the size before the bytes; None when all is well."""
+        manifest, context = action.manifest, self.context
         try:
             size_bytes = self.blobs.size_bytes(manifest.update.sha256)
             if size_bytes != manifest.update.size_bytes:
@@ -247,8 +248,13 @@ class RunLoop:
             data = self.blobs.read(manifest.update.sha256)
         except (ProtocolError, OSError) as error:
             return str(error)
-        context = self.context
-        return problem_with(data, manifest, context.model_shape, len(context.labels))
+        return problem_with(
+            data,
+            manifest,
+            context.model_shape,
+            len(context.labels),
+            factors=action.assigned.factors,
+        )
 
     async def _aggregate(self, action: events.AggregateRound) -> None:
         self._spent = {action.base.sha256} | {

@@ -11,6 +11,7 @@ from enum import Enum
 from pydantic import BaseModel, ConfigDict
 
 from broker_server.strategies import DeviceCapacity, RunShape
+from broker_server.strategies.strategy import Factors
 from wire_protocol.messages import BlobRef, TrainingRecipe, UpdateManifest
 
 
@@ -62,6 +63,7 @@ class MemberCheckpoint(BaseModel):
     ranks: tuple[int, ...]
     steps: int
     predicted_s: float
+    factors: Factors = "both"
 
 
 class RunCheckpoint(BaseModel):

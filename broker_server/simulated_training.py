@@ -148,6 +148,7 @@ class SimulatedTrainer:
             adapter_file=Path(start.adapter.sha256),
             dataset_file=self._data.train_file,
             columns=self._data.columns,
+            factors=start.factors,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from broker_server.run_events import AcceptedUpdate
 from broker_server.strategies import Strategy
+from broker_server.strategies.strategy import Factors
 from wire_protocol.errors import ProtocolError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import UpdateManifest
@@ -14,7 +15,12 @@ from wire_protocol.tensors import check_shapes, decode, encode
 
 
 def problem_with(
-    data: bytes, manifest: UpdateManifest, shape: ModelShape, label_count: int
+    data: bytes,
+    manifest: UpdateManifest,
+    shape: ModelShape,
+    label_count: int,
+    *,
+    factors: Factors,
 ) -> str | None:
     """Compare an update's names, shapes and values with what was trained.
 
@@ -22,7 +28,8 @@ def problem_with(
         What is wrong, in one line; None when all is well.
     """
     try:
-        check_shapes(decode(data), adapter_shapes(shape, manifest.ranks, label_count))
+        expected = adapter_shapes(shape, manifest.ranks, label_count, factors=factors)
+        check_shapes(decode(data), expected)
     except ProtocolError as error:
         return str(error)
     return None

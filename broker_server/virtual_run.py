@@ -159,7 +159,8 @@ class VirtualRun:
         manifest = action.manifest
         shape, labels = self._testbed.cost.shape, len(self._testbed.labels)
         data = self._updates[manifest.update.sha256]
-        problem = problem_with(data, manifest, shape, labels)
+        factors = action.assigned.factors
+        problem = problem_with(data, manifest, shape, labels, factors=factors)
         checked = events.UpdateChecked(action.device_id, action.message_id, manifest, problem)
         self._push(self._now, action.device_id, checked)
 

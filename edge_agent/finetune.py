@@ -144,7 +144,7 @@ def train(
     limits = request.limits
     torch.manual_seed(request.seed)
     reset_peak()
-    attached = attach(base, adapter, request.ranks)
+    attached = attach(base, adapter, request.ranks, factors=request.factors)
     try:
         with _checkpointing(base, enabled=limits.gradient_checkpointing):
             set_training_mode(attached)

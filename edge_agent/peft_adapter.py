@@ -82,7 +82,9 @@ def lora_config(base: BaseModel, ranks: Sequence[int]) -> Any:
     )
 
 
-def attach(base: BaseModel, adapter: Adapter, ranks: Sequence[int]) -> AttachedAdapter:
+def attach(
+    base: BaseModel, adapter: Adapter, ranks: Sequence[int], *, factors: str = "both"
+) -> AttachedAdapter:
     """Put an adapter on a base model and make the assigned part of it trainable.
 
     A layer of the adapter with rank 0 in ``ranks`` is applied but frozen. A layer
@@ -93,13 +95,14 @@ def attach(base: BaseModel, adapter: Adapter, ranks: Sequence[int]) -> AttachedA
         base: a base model without an adapter.
         adapter: the global adapter.
         ranks: rank to train at every layer, at most the adapter's.
+        factors: ``both``, or only ``A`` or ``B``; the other is applied frozen.
 
     Raises:
         ProtocolError: the adapter does not fit the base model or the ranks.
     """
     held = ranks_in(adapter, base.shape.layer_count)
     check_shapes(adapter, adapter_shapes(base.shape, held, base.label_count))
-    assigned = adapter_shapes(base.shape, tuple(ranks), base.label_count)
+    assigned = adapter_shapes(base.shape, tuple(ranks), base.label_count, factors=factors)
     prefix = {name: _prefix(name, adapter, ranks) for name in adapter}
     check_shapes({name: prefix[name] for name in assigned if name in prefix}, assigned)
 

@@ -66,6 +66,7 @@ class TrainRequest:
     Attributes:
         ranks: LoRA rank to train at every layer; 0 freezes it.
         deadline_s: seconds from the start of the training command.
+        factors: LoRA factors to train: ``both``, ``A`` or ``B``.
     """
 
     ranks: tuple[int, ...]
@@ -78,6 +79,7 @@ class TrainRequest:
     adapter_file: Path
     dataset_file: Path
     columns: Columns
+    factors: str = "both"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainRequest:
@@ -112,6 +114,7 @@ class TrainRequest:
             adapter_file=Path(value["adapter_file"]),
             dataset_file=Path(dataset["path"]),
             columns=Columns(**dataset["columns"]),
+            factors=str(value.get("factors", "both")),
         )
 
 

@@ -120,6 +120,7 @@ def _write_assignment(
         "model_dir": str(shop.state.models / start.model_digest),
         "adapter_file": str(shop.state.blobs / start.adapter.sha256),
         "ranks": ranks,
+        "factors": start.factors,
         "steps": start.steps,
         "deadline_s": deadline_s,
         "seed": start.seed,

@@ -225,13 +225,18 @@ class TrainingRecipe(Part):
 
 
 class RoundStart(Part):
-    """Train this LoRA config on local data, from this global adapter."""
+    """Train this LoRA config on local data, from this global adapter.
+
+    With ``factors`` A or B only that LoRA factor is trained and sent; the
+    other is applied as it is.
+    """
 
     type: Literal["round.start"] = "round.start"
     run_id: Identifier
     round_number: int = Field(ge=1)
     assignment_id: Identifier
     ranks: tuple[int, ...]
+    factors: Literal["both", "A", "B"] = "both"
     steps: int = Field(ge=1)
     deadline_s: float = Field(gt=0, le=1e7)
     seed: Count

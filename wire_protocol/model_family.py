@@ -160,13 +160,16 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(name, layers, hidden, key_value, weights)
 
 
-def adapter_shapes(shape: ModelShape, ranks: Tuple[int, ...], label_count: int) -> Dict[str, Shape]:
+def adapter_shapes(
+    shape: ModelShape, ranks: Tuple[int, ...], label_count: int, *, factors: str = "both"
+) -> Dict[str, Shape]:
     """Name and shape of every tensor of an adapter with these ranks.
 
     Args:
         shape: sizes of the base model.
         ranks: rank at every layer; 0 leaves the layer out.
         label_count: classes of the head; 0 for causal language models.
+        factors: ``both``, or only ``A`` or ``B``.
 
     Raises:
         ConfigError: ``ranks`` does not have one entry per layer.
@@ -179,8 +182,10 @@ def adapter_shapes(shape: ModelShape, ranks: Tuple[int, ...], label_count: int) 
         if rank == 0:
             continue
         for module, (d_out, d_in) in zip(family.modules, family.shapes(shape)):
-            shapes[f"layers.{layer}.{module}.lora_A"] = (rank, d_in)
-            shapes[f"layers.{layer}.{module}.lora_B"] = (d_out, rank)
+            if factors != "B":
+                shapes[f"layers.{layer}.{module}.lora_A"] = (rank, d_in)
+            if factors != "A":
+                shapes[f"layers.{layer}.{module}.lora_B"] = (d_out, rank)
     if family.head_path and label_count:
         shapes[HEAD_WEIGHT] = (label_count, shape.hidden_size)
         shapes[HEAD_BIAS] = (label_count,)

@@ -25,10 +25,11 @@ from broker_server.run_events import (
     UpdateChecked,
 )
 from broker_server.run_loop import RunContext, RunLoop
-from broker_server.run_state import RunCheckpoint, RunPlan
+from broker_server.run_state import MemberCheckpoint, RunCheckpoint, RunPlan
 from broker_server.store import Store
 from broker_server.strategies import strategy_named
 from broker_server.strategies.learning import restore_state, saved_state
+from broker_server.strategies.strategy import Factors
 from tests.support.capacities import SIX_LAYERS
 from tests.support.messages import SHA, a_manifest, a_recipe, a_report
 from wire_protocol.lora import Codec
@@ -88,10 +89,13 @@ def manifest_of(loop: RunLoop, data: bytes, **changes: int) -> UpdateManifest:
     return a_manifest(ranks=RANKS, update=update, examples=changes.get("examples", 100))
 
 
-def check(loop: RunLoop, data: bytes, **changes: int) -> str | None:
+def check(loop: RunLoop, data: bytes, *, factors: Factors = "both", **changes: int) -> str | None:
     """What the loop finds wrong with these bytes."""
     manifest = manifest_of(loop, data, **changes)
-    action = CheckUpdate("pi", "m", manifest, RANKS)
+    part = MemberCheckpoint(
+        assignment_id="a", ranks=RANKS, steps=1, predicted_s=1.0, factors=factors
+    )
+    action = CheckUpdate("pi", "m", manifest, part)
     answer = anyio.run(told, loop, loop._check, action)
     assert isinstance(answer, UpdateChecked)
     return answer.problem
@@ -126,6 +130,14 @@ def test_what_is_wrong_with_an_update_is_said_in_one_line(loop: RunLoop) -> None
         assert problem is not None
         assert words in problem
         assert "\n" not in problem
+
+
+def test_an_update_holds_the_factor_that_was_assigned_and_not_the_other(loop: RunLoop) -> None:
+    shapes = adapter_shapes(SHAPE, RANKS, 2, factors="B")
+    only_b = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    assert check(loop, encode(only_b, Codec.FP32), factors="B") is None
+    assert "lacks" in (check(loop, encode(only_b, Codec.FP32), factors="A") or "")
+    assert "unexpected" in (check(loop, encode(tensors(), Codec.FP32), factors="B") or "")
 
 
 def test_a_manifest_that_lies_about_the_size_is_found_out(loop: RunLoop) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from broker_server.store import Store
 from tests.support.site import Site, open_site
 from wire_protocol.errors import ConfigError
+from wire_protocol.messages import UpdateManifest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.train]
 
@@ -137,3 +139,17 @@ def test_the_results_of_a_run_can_be_read_by_a_person(site: Site) -> None:
         path.name for path in folder.iterdir()
     }
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_devices_take_turns_at_the_two_lora_factors(site: Site) -> None:
+    run = site.wait_for_end(site.launch(rounds=2, strategy="rolora"))
+    assert run["status"] == "finished", run["reason"]
+    store = Store.in_folder(site.folder / "server")
+    sizes = [
+        UpdateManifest.model_validate_json(text).update.size_bytes
+        for number in (1, 2)
+        for text in store.updates(run["run_id"], number).values()
+    ]
+    both = site.wait_for_end(site.launch(rounds=1, strategy="fedlora"))
+    assert len(sizes) == 2
+    assert max(sizes) < both["rounds"][0]["bytes_up"]

@@ -325,3 +325,16 @@ def test_a_layer_that_is_held_but_not_assigned_is_applied(base: BaseModel, model
             detach(attached)
 
     torch.testing.assert_close(logits((0, 0, 2)), logits((2, 2, 2)))
+
+
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_one_factor_alone_is_trained_and_sent(
+    base: BaseModel, model_dir: Path, tmp_path: Path, factors: str
+) -> None:
+    adapter = make_adapter(
+        model_dir, tuple(rank or 2 for rank in RANKS), label_count=len(LABELS), zero_b=False
+    )
+    outcome = Setup(base, model_dir, tmp_path, factors=factors).train(adapter)
+    sent = {name.rpartition(".")[2] for name in outcome.delta}
+    assert sent == {f"lora_{factors}", "weight", "bias"}
+    assert all(change.any() for change in outcome.delta.values())
