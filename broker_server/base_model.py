@@ -220,8 +220,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(raw)
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-    except (ValueError, AttributeError) as error:
+        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path} is not a safetensors file; download it again") from error
+    if path.stat().st_size != 8 + length + max(ends, default=0):
+        raise ConfigError(f"{path} is cut off or damaged; download it again")
     return tensors, 8 + length
 
 

@@ -203,6 +203,13 @@ class Coordinator:
         settled = self.round_number > 1 or not measuring or now >= self._prepare_until
         return settled and any(known.capacity for known in online)
 
+    def waits_for(self) -> str:
+        """Why no round is open although the run goes on; empty when there is nothing to say."""
+        able = any(known.online and known.capacity for known in self.devices.values())
+        if self.phase is not Phase.PREPARING or able:
+            return ""
+        return "waits: " + self._nobody()
+
     def _nobody(self) -> str:
         notes = [
             f"{name}: {known.note or 'offline or still measuring itself'}"

@@ -221,7 +221,7 @@ def model_card(
         f"Rank at every layer, input to output (0 = frozen): {', '.join(map(str, ranks))}.",
         *("", "```python"),
         f"from transformers import AutoModelFor{kind}; from peft import PeftModel",
-        f"base = AutoModelFor{kind}.from_pretrained({card.base_model!r}{size})",
+        f"base = AutoModelFor{kind}.from_pretrained({_loadable(card.base_model)!r}{size})",
         'model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER").eval()',
         *("```", ""),
     ]
@@ -279,6 +279,11 @@ def _has_other_head(base_dir: Path, family: ModelFamily, label_count: int) -> bo
 def _alpha(rank: int) -> int | float:
     alpha = LORA_SCALE * rank
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _loadable(base_model: str) -> str:
+    """A hub id or a path as it is; a name that only our server knows says what to fill in."""
+    return base_model if "/" in base_model else f"PATH/OF/{base_model}"
 
 
 def _one_line(text: str) -> str:

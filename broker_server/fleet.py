@@ -201,9 +201,11 @@ class Fleet:
             has = ", ".join(sorted(known.birth.datasets)) or "none"
             return None, f"has no dataset {dataset!r} (it has: {has})"
         if report.examples == 0:
-            return None, f"its dataset {dataset!r} is empty or unreadable"
+            problem = report.problem or "it is empty"
+            return None, f"its dataset {dataset!r} cannot be used: {problem}"
         if labels and (unknown := sorted(set(report.labels) - set(labels))):
-            return None, f"its dataset has labels that the run does not know: {unknown[:5]}"
+            names = ", ".join(unknown[:5])
+            return None, f"its dataset {dataset!r} has labels that the run does not know: {names}"
         if reason := known.unmeasurable.get(model_digest):
             return None, f"could not measure itself: {reason}"
         compute = known.capability.compute

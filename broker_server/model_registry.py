@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from broker_server.base_model import ModelFile, digest_of, read_config
+from broker_server.base_model import ModelFile, digest_of, read_config, tensor_shapes
 from broker_server.blobs import BlobStore
 from broker_server.store import ModelRow, Store
 from wire_protocol.errors import ConfigError
@@ -55,6 +55,7 @@ class ModelRegistry:
         try:
             config = read_config(folder)
             model_shape(config)
+            tensor_shapes(folder)
         except ConfigError:
             shutil.rmtree(folder, ignore_errors=True)
             raise

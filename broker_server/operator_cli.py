@@ -60,12 +60,12 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 )
 @click.pass_context
 def main(ctx: click.Context, server: str, token: str | None) -> None:
-    r"""Fine-tune one language model on a fleet of devices with LEGEND.
+    """Fine-tune one language model on a fleet of devices with LEGEND.
 
     \b
     A first look:    legend demo
     With a fleet:    legend devices; legend model add FOLDER; legend launch RUN.yaml
-    """
+    """  # noqa: D301 - click wants a real backspace
     ctx.obj = ServerAddress(server, token)
 
 

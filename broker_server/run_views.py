@@ -80,7 +80,7 @@ def run_line(report: RunReport, loop: RunLoop | None) -> dict[str, object]:
         "round_number": loop.coordinator.round_number if loop else len(report.rounds),
         "rounds": report.rounds_planned,
         "accuracy": scores[-1] if scores else None,
-        "reason": report.reason,
+        "reason": report.reason or (loop.coordinator.waits_for() if loop else ""),
     }
 
 
@@ -93,7 +93,7 @@ def run_detail(
         "name": report.name,
         "strategy": report.strategy,
         "status": report.status,
-        "reason": report.reason,
+        "reason": report.reason or (loop.coordinator.waits_for() if loop else ""),
         "spec": json.loads(record.spec),
         "round_number": loop.coordinator.round_number if loop else len(report.rounds),
         "phase": loop.coordinator.phase.value if loop else "ended",

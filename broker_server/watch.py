@@ -177,9 +177,25 @@ def describe_changes(before: Json | None, after: Json) -> list[str]:
     old: Json = before or {"accuracy_before": None, "round_number": 0, "rounds": (), "live": ()}
     if old["accuracy_before"] is None and after["accuracy_before"] is not None:
         lines.append(f"accuracy before training {as_percent(after['accuracy_before'])}")
+    if after["reason"] and after["reason"] != old.get("reason") and after["status"] == "running":
+        lines.append(printable(after["reason"]))
+    lines += _absences(old, after)
     lines += _round_changes(old, after)
     if after["status"] in EXIT_CODES:
         lines.append(_end_line(after))
+    return lines
+
+
+def _absences(old: Json, new: Json) -> list[str]:
+    """Devices that stay out of the run, and devices that were lost, once each."""
+    before = {one["device_id"]: (one["state"], one["detail"]) for one in old["live"]}
+    lines = []
+    for one in new["live"]:
+        state, detail = before.get(one["device_id"], ("", ""))
+        if one["state"] == "idle" and one["detail"] and one["detail"] != detail:
+            lines.append(f"{one['device_id']} stays out: {printable(one['detail'])}")
+        if one["state"] == "lost" and state not in ("", "lost"):
+            lines.append(f"{one['device_id']} was lost")
     return lines
 
 

@@ -138,7 +138,7 @@ def current_capability(
 
 
 def describe_datasets(settings: AgentSettings) -> dict[str, DatasetReport]:
-    """Sizes and labels; a dataset that cannot be read is reported empty and logged."""
+    """Sizes and labels; a dataset that cannot be read is reported with the reason."""
     reports = {}
     for name, dataset in settings.datasets.items():
         columns = Columns(dataset.text, dataset.text_pair, dataset.label)
@@ -147,7 +147,7 @@ def describe_datasets(settings: AgentSettings) -> dict[str, DatasetReport]:
             reports[name] = DatasetReport(examples=examples, labels=labels)
         except DeviceError as error:
             log.error("dataset_unreadable", dataset=name, code=error.code.value, error=str(error))
-            reports[name] = DatasetReport(examples=0)
+            reports[name] = DatasetReport(examples=0, problem=str(error)[:500])
     return reports
 
 

@@ -23,6 +23,12 @@ from edge_agent.state_dir import StateDir
 from wire_protocol.errors import LegendError
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+REMEDIES = {
+    "server": "start the server, or correct 'server' and 'token' in the settings",
+    "state directory": "run as its owner, or choose another 'state_dir' in the settings",
+    "board": "correct 'emulate' or 'sysroot' in the settings",
+    "memory": "check that 'sysroot' holds /proc of this machine",
+}
 LEAST_DISK_BYTES = 2 * 2**30
 LEAST_MEMORY_BYTES = 700 * 2**20
 """What importing the training packages and loading a small model takes."""
@@ -58,7 +64,7 @@ def examine(settings_file: Path | None) -> list[Finding]:
         try:
             findings += check(settings)
         except LegendError as error:
-            findings.append(Finding(name, "broken", str(error)))
+            findings.append(Finding(name, "broken", str(error), REMEDIES.get(name, "")))
     return findings
 
 
@@ -133,9 +139,9 @@ def _datasets(settings: AgentSettings) -> Iterator[Finding]:
             seen = f"{name}: {report.examples} examples, {len(report.labels)} labels"
             yield Finding("dataset", "ok", seen)
         else:
-            path = settings.datasets[name].path
+            seen = f"{name}: {report.problem or 'it is empty'}"
             yield Finding(
-                "dataset", "broken", f"{name}: {path} is empty or unreadable", "check the file"
+                "dataset", "broken", seen, "correct the file, or its columns in 'datasets'"
             )
 
 

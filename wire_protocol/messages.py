@@ -81,6 +81,7 @@ class DatasetReport(Part):
 
     examples: Count
     labels: tuple[Annotated[str, Field(max_length=80)], ...] = ()
+    problem: Line = ""
 
 
 class CapabilityProfile(Part):

@@ -103,7 +103,7 @@ def test_a_measured_device_with_the_dataset_has_a_capacity() -> None:
     ("dataset", "labels", "words"),
     [
         ("other", (), "has no dataset 'other' (it has: triage)"),
-        ("triage", ("disk",), "labels that the run does not know: ['network']"),
+        ("triage", ("disk",), "labels that the run does not know: network"),
     ],
 )
 def test_a_device_that_cannot_take_part_has_a_reason(

@@ -137,6 +137,22 @@ def test_a_finished_device_is_said_once_even_when_the_round_result_repeats_it() 
     ]
 
 
+def test_who_stays_out_and_why_nothing_happens_are_said_once() -> None:
+    idle = live_json("roof", state="idle", depth=0, ranks=[], detail="has no dataset 'x'")
+    waiting = run_json(rounds=[], live=[idle], reason="waits: no device can take part")
+    lines = describe_changes(run_json(rounds=[], live=[]), waiting)
+    assert "roof stays out: has no dataset 'x'" in lines
+    assert "waits: no device can take part" in lines
+    assert describe_changes(waiting, waiting) == []
+
+
+def test_a_device_that_is_lost_is_said() -> None:
+    before = run_json(live=[live_json("pi5")])
+    assert "pi5 was lost" in describe_changes(
+        before, run_json(live=[live_json("pi5", state="lost")])
+    )
+
+
 def test_a_round_is_said_to_have_started_only_when_its_devices_are_known() -> None:
     idle = live_json("pi5", state="idle", depth=0, ranks=[])
     waiting = run_json(live=[idle])
