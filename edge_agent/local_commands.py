@@ -127,7 +127,6 @@ async def train_locally(settings: AgentSettings, training: LocalTraining) -> dic
     if training.dataset not in settings.datasets:
         known = ", ".join(sorted(settings.datasets)) or "none"
         raise ConfigError(f"no dataset {training.dataset!r} in the settings (known: {known})")
-    dataset = settings.datasets[training.dataset]
     labels = describe_datasets(settings)[training.dataset].labels
     ranks = (training.rank,) * shape.layer_count
     try:
@@ -140,32 +139,7 @@ async def train_locally(settings: AgentSettings, training: LocalTraining) -> dic
         task = FAMILIES[shape.family].task
         adapter = _fresh_adapter(shape, ranks, len(labels) if task == "classification" else 0)
         write_durably(round_dir / "adapter.safetensors", adapter)
-        request = {
-            "model_dir": str(training.model_dir),
-            "adapter_file": str(round_dir / "adapter.safetensors"),
-            "ranks": assigned,
-            "steps": training.steps,
-            "deadline_s": 3600.0,
-            "seed": 0,
-            "recipe": {
-                "task": task,
-                "labels": labels if task == "classification" else (),
-                "learning_rate": 1e-3,
-                "head_learning_rate": 5e-3,
-                "max_tokens": 128,
-                "codec": "fp32",
-            },
-            "dataset": {
-                "path": str(dataset.path),
-                "columns": dataset.model_dump(include={"text", "text_pair", "label"}),
-            },
-            "batch_size": 8,
-            "gradient_checkpointing": False,
-            "precision": load_board(this_device(settings, None).facts.board_id).precision,
-            "threads": settings.threads,
-            "memory_limit_bytes": settings.memory_limit_bytes,
-            "stretch": None,
-        }
+        request = _request(settings, training, round_dir, ranks=assigned, labels=labels)
         write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode())
         with _progress_bar() as on_step:
             async with _trainer(settings, state) as trainer:
@@ -177,6 +151,45 @@ async def train_locally(settings: AgentSettings, training: LocalTraining) -> dic
         shutil.copyfile(round_dir / UPDATE_FILE, training.out)
         result: dict[str, object] = json.loads((round_dir / RESULT_FILE).read_text())
         return {"update": str(training.out), **result}
+
+
+def _request(
+    settings: AgentSettings,
+    training: LocalTraining,
+    round_dir: Path,
+    *,
+    ranks: tuple[int, ...],
+    labels: tuple[str, ...],
+) -> dict[str, object]:
+    """What the trainer is to do; see ``round_directory``."""
+    dataset = settings.datasets[training.dataset]
+    task = FAMILIES[_shape_of(training.model_dir).family].task
+    return {
+        "model_dir": str(training.model_dir),
+        "adapter_file": str(round_dir / "adapter.safetensors"),
+        "ranks": ranks,
+        "steps": training.steps,
+        "deadline_s": 3600.0,
+        "seed": 0,
+        "recipe": {
+            "task": task,
+            "labels": labels if task == "classification" else (),
+            "learning_rate": 1e-3,
+            "head_learning_rate": 5e-3,
+            "max_tokens": 128,
+            "codec": "fp32",
+        },
+        "dataset": {
+            "path": str(dataset.path),
+            "columns": dataset.model_dump(include={"text", "text_pair", "label"}),
+        },
+        "batch_size": 8,
+        "gradient_checkpointing": False,
+        "precision": load_board(this_device(settings, None).facts.board_id).precision,
+        "threads": settings.threads,
+        "memory_limit_bytes": settings.memory_limit_bytes,
+        "stretch": None,
+    }
 
 
 def _shape_of(model_dir: Path) -> ModelShape:

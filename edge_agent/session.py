@@ -1,11 +1,8 @@
 """What an agent does next: events in, actions out.
 
-Rule 1: every decision about commands, duplicates and the order of work is here.
-Rule 2: nothing here does I/O or reads a clock; randomness is an argument.
-
-An agent does one thing at a time: nothing, a benchmark, or one assignment.
-What it owes the server (an update, a failure) lies in the durable outbox until
-the server acknowledges it.
+Every decision about commands, duplicates and the order of work is here; no I/O,
+no clock. An agent does one thing at a time: nothing, a benchmark, or one
+assignment. What it owes the server lies in the outbox until acknowledged.
 """
 
 from __future__ import annotations

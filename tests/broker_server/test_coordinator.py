@@ -108,16 +108,9 @@ def test_a_run_begins_by_evaluating_the_untrained_adapter() -> None:
 
 
 def test_the_checkpoint_is_saved_before_any_assignment_leaves() -> None:
-    talk = Conversation()
-    actions = talk.begin("a", "b")
-    assert kinds(actions) == [
-        "SaveCheckpoint",
-        "SaveCheckpoint",
-        "SendAssignment",
-        "SendAssignment",
-    ]
-    saved = only(actions, SaveCheckpoint)[-1].checkpoint
-    assert set(saved.members) == {"a", "b"}
+    actions = Conversation().begin("a", "b")
+    assert kinds(actions) == ["SaveCheckpoint"] * 2 + ["SendAssignment"] * 2
+    assert set(only(actions, SaveCheckpoint)[-1].checkpoint.members) == {"a", "b"}
 
 
 def test_two_rounds_from_assignment_to_the_end() -> None:
