@@ -42,7 +42,10 @@ _STOP_S = 3.0
 
 @dataclass(frozen=True)
 class BrokerConnected:
-    """Devices can be heard again; commands in flight before may be lost."""
+    """The broker confirmed the subscriptions: devices are heard again from here on.
+
+    Commands in flight before may be lost.
+    """
 
     session_present: bool
 
@@ -123,6 +126,7 @@ class ServerLink:
         self._online = False
         self._deliveries: deque[_Delivery] = deque()
         self._connected_at: float | None = None
+        self._session_present = False
         self._refusal: ReasonCode | None = None
 
     @property
@@ -200,6 +204,7 @@ class ServerLink:
         client.max_inflight_messages_set(100)
         client.connect_timeout = 10.0
         client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.on_socket_open = _send_at_once
         # Its presence makes paho leave every write to the network thread.
@@ -260,14 +265,32 @@ class ServerLink:
             return
         try:
             self._connected_at = time.monotonic()
-            client.subscribe([(text, 1) for text in self._filters])
-            client.publish(self._state_topic, self._state(online=True), qos=1, retain=True)
+            self._session_present = flags.session_present
             with self._lock:
                 self._online = True
                 self._deliveries = deque()
-            self._put(BrokerConnected(flags.session_present))
+            client.subscribe([(text, 1) for text in self._filters])
         except Exception:
             log.exception("mqtt_callback_failed", callback="on_connect")
+
+    def _on_subscribe(
+        self,
+        client: Client,
+        _data: object,
+        _mid: int,
+        reasons: list[ReasonCode],
+        _properties: Properties | None,
+    ) -> None:
+        try:
+            if any(reason.is_failure for reason in reasons):
+                self._refusal = next(reason for reason in reasons if reason.is_failure)
+                client.disconnect()
+                return
+            # Devices take "online" as "speak": only once this server can hear them.
+            client.publish(self._state_topic, self._state(online=True), qos=1, retain=True)
+            self._put(BrokerConnected(self._session_present))
+        except Exception:
+            log.exception("mqtt_callback_failed", callback="on_subscribe")
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         acknowledge = self._acknowledger(message.mid, message.qos)
