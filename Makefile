@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-ansible check docs clean
+.PHONY: help venv demo test test-fast test-ansible trust check docs clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,15 +28,18 @@ demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 	$(BIN)/legend demo $(DEMO_ARGS)
 
 test: venv mosquitto ## Every test; those with real fleets come last and have the machine to themselves
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible"
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible and not trust"
+	$(BIN)/python -m pytest -m "e2e and not trust"
 
 test-fast: venv ## The tests that need no service and no training
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not e2e and not train and not ansible"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not e2e and not train and not ansible and not trust"
 
 test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
 	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
+
+trust: venv mosquitto ## The attack suite in its long form (under 20 minutes)
+	$(BIN)/python -m pytest -m trust tests/trust
 
 check: venv ## Format, lint, types, import contracts, generated files
 	$(BIN)/ruff format --check .

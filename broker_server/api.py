@@ -127,6 +127,7 @@ class _Routes:
         return {
             "fleet": self._server.settings.fleet,
             "protocol": [PROTOCOL_VERSION],
+            "operator_key": self._server.operator_key,
             "broker_url": f"{scheme}://{login}{bracketed}:{broker.port}",
         }
 

@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 from anyio.abc import TaskGroup
 
+from broker_server import signing_keys
 from broker_server.api import make_api
 from broker_server.blobs import BlobStore
 from broker_server.broker import BrokerLauncher, open_broker
@@ -21,6 +22,7 @@ from broker_server.server import Server
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import Store
+from broker_server.voice import ServerVoice
 from wire_protocol.errors import BrokerUnavailable, ConfigError
 
 log = structlog.get_logger()
@@ -57,16 +59,21 @@ async def serve(settings: ServerSettings) -> None:
         address = await anyio.to_thread.run_sync(launcher.start)
         store = Store(settings.database) if settings.database else Store.in_folder(state.root)
         try:
+            start_number = state.count_start()
+            keys = signing_keys.load_or_make(state.signing, settings.fleet)
             link = ServerLink(
                 address,
                 fleet=settings.fleet,
-                start_number=state.count_start(),
+                start_number=start_number,
                 tls=address.ssl_context(),
             )
             async with link:
                 blobs = BlobStore(state.blobs)
                 blobs.remove_parts_older_than(FORGOTTEN_UPLOAD_S, now=time.time())
-                server = Server(settings, state, store, blobs, address, link)
+                voice = ServerVoice(keys.server, start_number, time.monotonic())
+                server = Server(
+                    settings, state, store, blobs, address, link, voice, keys.operator_key
+                )
                 try:
                     await _run(server, launcher, listener)
                 finally:

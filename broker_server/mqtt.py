@@ -31,7 +31,7 @@ from typing_extensions import Self
 
 from broker_server.broker_address import BrokerAddress
 from wire_protocol.errors import ProtocolError
-from wire_protocol.messages import MAX_MESSAGE_BYTES, State, encode_message
+from wire_protocol.messages import MAX_WIRE_BYTES, State, encode_message
 from wire_protocol.topics import Broadcast, FleetTopic, server_filters
 
 log = structlog.get_logger()
@@ -176,8 +176,8 @@ class ServerLink:
         Raises:
             ProtocolError: larger than a message may be.
         """
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"message of {len(payload)} bytes exceeds {MAX_MESSAGE_BYTES}")
+        if len(payload) > MAX_WIRE_BYTES:
+            raise ProtocolError(f"message of {len(payload)} bytes exceeds {MAX_WIRE_BYTES}")
         with self._lock:
             if not self._online:
                 return False

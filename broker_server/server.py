@@ -25,6 +25,7 @@ from broker_server.run_state import RunStatus
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import Store
+from broker_server.voice import DeviceVoices, ServerVoice
 from wire_protocol.errors import ProtocolError
 from wire_protocol.messages import (
     Ack,
@@ -32,6 +33,7 @@ from wire_protocol.messages import (
     Birth,
     Capability,
     Command,
+    Envelope,
     Event,
     Failure,
     Heartbeat,
@@ -41,7 +43,6 @@ from wire_protocol.messages import (
     Unmeasured,
     UpdateManifest,
     decode_message,
-    encode_message,
 )
 from wire_protocol.topics import Broadcast, Channel, DeviceTopic, FleetTopic, parse_topic
 
@@ -63,6 +64,9 @@ class Server:
     blobs: BlobStore
     broker: BrokerAddress
     link: ServerLink
+    voice: ServerVoice
+    operator_key: str
+    device_voices: DeviceVoices = field(default_factory=DeviceVoices)
     fleet: registry.Fleet = field(default_factory=registry.Fleet)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -82,19 +86,33 @@ class Server:
 
     def command(self, device_id: str, command: Command) -> str:
         """Send a command to one device."""
-        known = self.fleet.devices.get(device_id)
         message_id = new_message_id()
-        payload = encode_message(command, message_id=message_id, sid=known.sid if known else 0)
-        self.link.publish(self._topic(device_id, Channel.COMMAND), payload)
+        self._say(device_id, Channel.COMMAND, command, message_id)
         return message_id
 
     def ack(self, device_id: str, ack: Ack) -> None:
         """Answer a device's message."""
-        payload = encode_message(ack, message_id=new_message_id(), sid=0)
-        self.link.publish(self._topic(device_id, Channel.SERVER_ACK), payload)
+        self._say(device_id, Channel.SERVER_ACK, ack, new_message_id())
 
-    def _topic(self, device_id: str, channel: Channel) -> str:
-        return str(DeviceTopic(self.settings.fleet, device_id, channel))
+    def _say(
+        self,
+        device_id: str,
+        channel: Channel,
+        body: Command | Ack,
+        message_id: str,
+        sid: int | None = None,
+    ) -> None:
+        if sid is None:
+            known = self.fleet.devices.get(device_id)
+            sid = known.sid if known else 0
+        payload = self.voice.say(
+            body,
+            message_id=message_id,
+            now=time.monotonic(),
+            to=device_id,
+            sid=sid,
+        )
+        self.link.publish(str(DeviceTopic(self.settings.fleet, device_id, channel)), payload)
 
     # Receiving
 
@@ -116,10 +134,10 @@ class Server:
                     item.acknowledge()
 
     def _ask_everybody_for_birth(self) -> None:
-        payload = encode_message(
+        payload = self.voice.say(
             Command(command=Rebirth(jitter_s=REBIRTH_JITTER_S)),
             message_id=new_message_id(),
-            sid=0,
+            now=time.monotonic(),
         )
         self.link.publish(str(FleetTopic(self.settings.fleet, Broadcast.COMMAND)), payload)
 
@@ -128,32 +146,35 @@ class Server:
         if not isinstance(topic, DeviceTopic):
             raise ProtocolError("not a topic of a device")
         device_id, now = topic.device_id, time.monotonic()
+        payload = self.device_voices.open(device_id, topic.channel, item.payload)
         match topic.channel:
             case Channel.STATE:
-                envelope, state = decode_message(State, item.payload)
+                envelope, state = decode_message(State, payload)
                 if not state.online:
                     self._apply(self.fleet.said_offline(device_id, envelope.sid))
             case Channel.BIRTH:
-                envelope, birth = decode_message(Birth, item.payload)
+                envelope, birth = decode_message(Birth, payload)
                 self.store.save_device(device_id, envelope.sid, birth.model_dump_json())
                 self._apply(self.fleet.born(device_id, envelope.sid, birth, now))
             case Channel.HEARTBEAT:
-                envelope, heartbeat = decode_message(Heartbeat, item.payload)
-                self._apply(self.fleet.heartbeat(device_id, envelope.sid, heartbeat, now))
+                envelope, heartbeat = decode_message(Heartbeat, payload)
+                changes = self.fleet.heartbeat(device_id, envelope.sid, heartbeat, now)
+                self._apply(changes, sid=envelope.sid)
             case Channel.EVENT:
-                envelope, event = decode_message(Event, item.payload)
-                self._device_event(device_id, envelope.id, event)
+                envelope, event = decode_message(Event, payload)
+                self._device_event(device_id, envelope, event)
             case Channel.UPDATE:
-                envelope, manifest = decode_message(UpdateManifest, item.payload)
+                envelope, manifest = decode_message(UpdateManifest, payload)
                 self._update(device_id, envelope.id, manifest)
             case Channel.DEVICE_ACK:
-                _, ack = decode_message(Ack, item.payload)
+                _, ack = decode_message(Ack, payload)
                 if self.runs.active:
                     self.runs.active.command_answered(ack)
             case _:
                 raise ProtocolError(f"{topic.channel.value} is not for the server")
 
-    def _device_event(self, device_id: str, message_id: str, event: Event) -> None:
+    def _device_event(self, device_id: str, envelope: Envelope, event: Event) -> None:
+        message_id = envelope.id
         match event.event:
             case Progress():
                 if self.runs.active:
@@ -164,10 +185,13 @@ class Server:
                 self._apply(
                     self.fleet.could_not_measure(
                         device_id, unmeasured.model_digest, unmeasured.detail
-                    )
+                    ),
+                    sid=envelope.sid,
                 )
             case Capability():
-                self._apply(self.fleet.measured(device_id, event.event.capability))
+                self._apply(
+                    self.fleet.measured(device_id, event.event.capability), sid=envelope.sid
+                )
                 if known := self.fleet.devices.get(device_id):
                     birth = known.birth.model_copy(update={"capability": known.capability})
                     self.store.save_device(device_id, known.sid, birth.model_dump_json())
@@ -219,7 +243,7 @@ class Server:
             ack = Ack(re=message_id, status="rejected", code="stale")
         self.ack(device_id, ack)
 
-    def _apply(self, changes: list[registry.Change]) -> None:
+    def _apply(self, changes: list[registry.Change], sid: int = 0) -> None:
         for change in changes:
             match change:
                 case registry.Joined():
@@ -230,14 +254,16 @@ class Server:
                     if self.runs.active:
                         self.runs.active.feed(events.DeviceLost(change.device_id))
                 case registry.NeedsRebirth():
-                    self._ask_for_birth(change.device_id)
+                    self._ask_for_birth(change.device_id, sid)
         self._lease_changed.set()
 
-    def _ask_for_birth(self, device_id: str) -> None:
+    def _ask_for_birth(self, device_id: str, sid: int) -> None:
         now = time.monotonic()
         if now - self._asked_rebirth.get(device_id, -REBIRTH_INTERVAL_S) >= REBIRTH_INTERVAL_S:
             self._asked_rebirth[device_id] = now
-            self.command(device_id, Command(command=Rebirth()))
+            rebirth = Command(command=Rebirth())
+            # To the session that spoke: it is not the one we know.
+            self._say(device_id, Channel.COMMAND, rebirth, new_message_id(), sid)
 
     def _device_is_there(self, device_id: str) -> None:
         if self.runs.active:

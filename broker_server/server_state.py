@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from broker_server.run_folder import write_file
+from wire_protocol.durable import write_durably
 from wire_protocol.errors import AlreadyRunning, ConfigError
 
 
@@ -44,6 +44,11 @@ class ServerState:
         """Result folders, one per run."""
         return self.root / "runs"
 
+    @property
+    def signing(self) -> Path:
+        """The server's signing key and the operator's word for it."""
+        return self.root / "signing"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other servers out; the kernel lets go when the process ends.
@@ -66,10 +71,12 @@ class ServerState:
         """Count this start; survives restarts."""
         path = self.root / "start_number"
         start_number = int(path.read_text()) + 1 if path.exists() else 1
-        write_file(path, f"{start_number}\n".encode())
+        write_durably(path, f"{start_number}\n".encode(), site="server.start_number")
         return start_number
 
     def announce(self, url: str) -> None:
         """Say where the API is, once it answers."""
         content = json.dumps({"url": url, "pid": os.getpid()})
-        write_file(self.root / "server.json", content.encode())
+        write_durably(
+            self.root / "server.json", content.encode(), site="server.announce", mode=0o644
+        )

@@ -21,6 +21,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from edge_agent import session
 from edge_agent.benchmark import benchmark_device
 from edge_agent.capability import current_capability, describe_datasets, resident_bytes
+from edge_agent.command_guard import CommandGuard
+from edge_agent.incoming import event_from
 from edge_agent.mqtt import Connected, CredentialsRefused, DeviceLink, Disconnected, Received
 from edge_agent.notify import Notifier
 from edge_agent.outbox import Outbox, OutgoingMessage
@@ -32,15 +34,13 @@ from wire_protocol.messages import (
     Ack,
     Birth,
     Capability,
-    Command,
     Event,
     Heartbeat,
     Progress,
     UpdateManifest,
-    decode_message,
     encode_message,
 )
-from wire_protocol.topics import Channel, DeviceTopic, parse_topic
+from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
 LOSSES_BEFORE_ASKING = 5
@@ -66,6 +66,8 @@ class Agent:
         status: what ``edge-agent status`` shows.
         notifier: systemd.
         rng: for jitter.
+        guard: knows whether a message really is the server's.
+        sign: signs what the server must be able to trust; without an identity it changes nothing.
     """
 
     def __init__(
@@ -77,8 +79,12 @@ class Agent:
         status: StatusFile,
         notifier: Notifier,
         rng: random.Random,
+        guard: CommandGuard,
+        sign: Callable[[bytes], bytes] = bytes,
     ) -> None:
         self.workshop = workshop
+        self._guard = guard
+        self._sign = sign
         self.settings = workshop.device.settings
         self.link = link
         self.status = status
@@ -163,29 +169,23 @@ class Agent:
                     await self._send.send(session.Disconnected())
                     self._look_for_the_broker()
                 case Received():
-                    if (event := self._event_from(item)) is not None:
-                        await self._send.send(event)
+                    await self._understand(item)
+
+    async def _understand(self, item: Received) -> None:
+        now = time.monotonic()
+        try:
+            event = event_from(item.topic, item.payload, self._guard, sid=self.link.sid, now=now)
+        except ProtocolError as error:
+            self.dropped += 1
+            log.warning("message_dropped", topic=item.topic, error=str(error))
+            return
+        if event is not None:
+            await self._send.send(event)
 
     def _look_for_the_broker(self) -> None:
         """Ask the server where the broker is now; never at the price of work in progress."""
         if self.session.busy_with is None:
             self._on_hopeless()
-
-    def _event_from(self, item: Received) -> session.Event | None:
-        try:
-            channel = parse_topic(item.topic)
-            if isinstance(channel, DeviceTopic) and channel.channel is Channel.SERVER_ACK:
-                return session.AckArrived(decode_message(Ack, item.payload)[1])
-            if isinstance(channel, DeviceTopic) and channel.channel is not Channel.COMMAND:
-                raise ProtocolError(f"{channel.channel.value} is not meant for devices")
-            if not isinstance(channel, DeviceTopic) and item.topic.endswith("/server"):
-                return None  # for people; the link and the leases say what we need
-            envelope, command = decode_message(Command, item.payload)
-            return session.CommandArrived(envelope.id, command)
-        except ProtocolError as error:
-            self.dropped += 1
-            log.warning("message_dropped", topic=item.topic, error=str(error))
-            return None
 
     def _carry_out(self, action: session.Action, tasks: TaskGroup) -> None:
         match action:
@@ -261,10 +261,12 @@ class Agent:
         qos: int = 1,
     ) -> None:
         payload = encode_message(body, message_id=message_id, sid=self.link.sid)
+        if channel is not Channel.HEARTBEAT:
+            payload = self._sign(payload)
         self.link.publish(self._topic(channel), payload, qos=qos)
 
     def _post(self, channel: Channel, body: UpdateManifest | Event, message_id: str) -> None:
-        payload = encode_message(body, message_id=message_id, sid=self.link.sid)
+        payload = self._sign(encode_message(body, message_id=message_id, sid=self.link.sid))
         try:
             message = OutgoingMessage(message_id, self._topic(channel), payload)
             self.outbox.add(message, now=time.monotonic())

@@ -13,10 +13,11 @@ import structlog
 from edge_agent.agent import Agent
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, this_device
+from edge_agent.command_guard import CommandGuard
 from edge_agent.emulation import emulation_of
-from edge_agent.join import find_broker
+from edge_agent.join import Joined, find_broker
 from edge_agent.link import ShapedLink
-from edge_agent.mqtt import BrokerLogin, DeviceLink
+from edge_agent.mqtt import DeviceLink
 from edge_agent.notify import Notifier
 from edge_agent.round_work import Workshop
 from edge_agent.settings import AgentSettings
@@ -75,8 +76,8 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
         notifier.ready("looking for the server")
         try:
             while True:
-                login = await find_broker(settings, provisioning, rng)
-                await _stay_connected(workshop, login, notifier, rng)
+                joined = await find_broker(settings, provisioning, rng)
+                await _stay_connected(workshop, joined, notifier, rng)
                 await anyio.sleep(rng.uniform(0, LOOK_AGAIN_S))
         finally:
             notifier.stopping("stopping")
@@ -85,12 +86,21 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
 
 
 async def _stay_connected(
-    workshop: Workshop, login: BrokerLogin, notifier: Notifier, rng: random.Random
+    workshop: Workshop, joined: Joined, notifier: Notifier, rng: random.Random
 ) -> None:
     """Serve over one broker; returns when it should be looked for again."""
     settings, state = workshop.device.settings, workshop.state
     topic = DeviceTopic(settings.fleet, settings.device_id, Channel.STATE)
-    link = DeviceLink(login, topic, next_sid=state.counter("sid").increment)
+    link = DeviceLink(joined.broker, topic, next_sid=state.counter("sid").increment)
+
+    key_number = state.counter("server_key")
+    guard = CommandGuard(
+        settings.fleet,
+        settings.device_id,
+        joined.operator_key,
+        key_number=key_number.value,
+        on_new_key=key_number.raise_to,
+    )
 
     def give_up() -> None:
         # A broker named in the settings is the only one there is: keep trying it.
@@ -106,6 +116,7 @@ async def _stay_connected(
             status=StatusFile(state.root),
             notifier=notifier,
             rng=rng,
+            guard=guard,
         )
         await agent.run(tasks)
 

@@ -114,7 +114,7 @@ async def _measure_training(
         "work_dir": str(state.cache),
     }
     request_file = state.cache / "benchmark_request.json"
-    write_durably(request_file, json.dumps(request).encode())
+    write_durably(request_file, json.dumps(request).encode(), site="agent.benchmark_request")
     await trainer.benchmark(request_file, on_progress=lambda p: on_step(p.step, p.steps, p.what))
     result: dict[str, object] = json.loads(
         request_file.with_name("benchmark_result.json").read_text(encoding="utf-8")

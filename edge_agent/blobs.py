@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing_extensions import Self
 from edge_agent.link import ShapedLink
 from edge_agent.model_manifest import ModelFile, model_files
 from edge_agent.server_connection import Patience, Rejected, Retries, ServerConnection
-from edge_agent.state_dir import disk_error, sync_folder
+from edge_agent.state_dir import disk_error
+from wire_protocol.durable import DONE, move_into_place, reached, sync
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError, Refused, ServerUnavailable
 from wire_protocol.messages import BlobRef
 
@@ -46,6 +48,7 @@ class BlobClient:
         token: sent as bearer token; None sends none.
         link: paces every transfer, for emulated boards.
         patience: how long transfers are tried.
+        tls: for https: whom to believe and what to present; None trusts the system's authorities.
     """
 
     def __init__(
@@ -55,10 +58,13 @@ class BlobClient:
         token: str | None = None,
         link: ShapedLink | None = None,
         patience: Patience | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._link = link or ShapedLink()
         self._patience = patience or Patience()
-        self._server = ServerConnection(server_url, token=token, answer_s=self._patience.answer_s)
+        self._server = ServerConnection(
+            server_url, token=token, answer_s=self._patience.answer_s, tls=tls
+        )
         self._one_model_at_a_time = anyio.Lock()
         self.sent_bytes = 0
         """Blob bytes that went up so far, whatever became of them."""
@@ -179,8 +185,7 @@ class BlobClient:
                 place = folder / file.path
                 place.parent.mkdir(parents=True, exist_ok=True)
                 await self.download(file.sha256, file.size_bytes, place)
-            folder.replace(target)
-            sync_folder(target.parent)
+            await to_thread.run_sync(_put_in_place, folder, target)
         log.info("base_model_fetched", model=digest, files=len(files))
         return target
 
@@ -226,6 +231,7 @@ class BlobClient:
                     if done > ref.size_bytes:
                         raise Rejected(response.status_code, "it is longer than announced")
                     await to_thread.run_sync(file.write, chunk)
+                    reached("agent.download_chunk", DONE)
                     retries.progressed()
                     await self._link.received(len(chunk))
                     on_progress(done, ref.size_bytes)
@@ -310,10 +316,18 @@ def _holds(path: Path, ref: BlobRef) -> bool:
 
 def _publish(part: Path, target: Path) -> None:
     try:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-        sync_folder(target.parent)
+        sync(part)
+        move_into_place(part, target, site="agent.blob")
+    except OSError as error:
+        raise disk_error(target, error) from error
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    try:
+        # Its files are on the disk; here the names in its folders follow.
+        for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            sync(inner)
+        move_into_place(folder, target, site="agent.base_model")
     except OSError as error:
         raise disk_error(target, error) from error
 

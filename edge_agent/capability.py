@@ -153,7 +153,8 @@ def describe_datasets(settings: AgentSettings) -> dict[str, DatasetReport]:
 
 def remember_benchmark(state: StateDir, capability: CapabilityProfile) -> None:
     """Keep a benchmark for the next start."""
-    write_durably(_cache_file(state), capability.model_dump_json().encode())
+    content = capability.model_dump_json().encode()
+    write_durably(_cache_file(state), content, site="agent.benchmark_cache")
 
 
 def resident_bytes(pid: int) -> int:

@@ -160,7 +160,7 @@ def _packages(settings: AgentSettings) -> Iterator[Finding]:
 def _server(settings: AgentSettings) -> Iterator[Finding]:
     async def ask() -> str:
         async with BlobClient(settings.server, token=settings.token) as server:
-            login = await find_broker_once(settings, server)
+            login = (await find_broker_once(settings, server)).broker
             return f"{settings.server}, broker {login.host}:{login.port}"
 
     yield Finding("server", "ok", anyio.run(ask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import ssl
+from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -22,9 +23,21 @@ FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 
 
-async def find_broker(
-    settings: AgentSettings, server: BlobClient, rng: random.Random
-) -> BrokerLogin:
+@dataclass(frozen=True)
+class Joined:
+    """What the server told about itself.
+
+    Attributes:
+        broker: where the broker is, and how to get in.
+        operator_key: public key in hex of whoever says which key is the server's; None when the
+            settings name the broker and nobody was asked.
+    """
+
+    broker: BrokerLogin
+    operator_key: str | None
+
+
+async def find_broker(settings: AgentSettings, server: BlobClient, rng: random.Random) -> Joined:
     """Say where the broker is; waits for a server that is not up yet.
 
     Raises:
@@ -42,14 +55,14 @@ async def find_broker(
             await anyio.sleep(delay_s)
 
 
-async def find_broker_once(settings: AgentSettings, server: BlobClient) -> BrokerLogin:
+async def find_broker_once(settings: AgentSettings, server: BlobClient) -> Joined:
     """The same without waiting.
 
     Raises:
         ServerUnavailable: the server does not answer.
     """
     if settings.broker:
-        return login_from_url(settings.broker)
+        return Joined(login_from_url(settings.broker), None)
     answer = await server.get_json(f"/v1/join?device_id={settings.device_id}")
     if PROTOCOL_VERSION not in answer.get("protocol", ()):
         raise Refused(
@@ -61,7 +74,7 @@ async def find_broker_once(settings: AgentSettings, server: BlobClient) -> Broke
             f"the server leads fleet {answer.get('fleet')!r}, this device belongs to "
             f"{settings.fleet!r}; set 'fleet' in the settings"
         )
-    return login_from_url(str(answer["broker_url"]))
+    return Joined(login_from_url(str(answer["broker_url"])), str(answer["operator_key"]))
 
 
 def login_from_url(url: str) -> BrokerLogin:

@@ -138,9 +138,9 @@ async def train_locally(settings: AgentSettings, training: LocalTraining) -> dic
         round_dir = Path(folder)
         task = FAMILIES[shape.family].task
         adapter = _fresh_adapter(shape, ranks, len(labels) if task == "classification" else 0)
-        write_durably(round_dir / "adapter.safetensors", adapter)
+        write_durably(round_dir / "adapter.safetensors", adapter, site="agent.local")
         request = _request(settings, training, round_dir, ranks=assigned, labels=labels)
-        write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode())
+        write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode(), site="agent.local")
         with _progress_bar() as on_step:
             async with _trainer(settings, state) as trainer:
                 await trainer.train(

@@ -31,7 +31,7 @@ from typing_extensions import Self
 
 from edge_agent.reconnect import Attempt, LinkTiming, ReconnectPolicy
 from wire_protocol.errors import LegendError, ProtocolError
-from wire_protocol.messages import MAX_MESSAGE_BYTES, State, encode_message
+from wire_protocol.messages import MAX_WIRE_BYTES, State, encode_message
 from wire_protocol.topics import Channel, DeviceTopic, device_filters
 
 log = structlog.get_logger()
@@ -183,8 +183,8 @@ class DeviceLink:
             ProtocolError: larger than a message may be. A broker that refuses it closes the
                 connection, and the resend would close every one after.
         """
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"message of {len(payload)} bytes exceeds {MAX_MESSAGE_BYTES}")
+        if len(payload) > MAX_WIRE_BYTES:
+            raise ProtocolError(f"message of {len(payload)} bytes exceeds {MAX_WIRE_BYTES}")
         with self._lock:
             if not self._online:
                 return False

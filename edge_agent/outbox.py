@@ -20,9 +20,10 @@ from pathlib import Path
 import structlog
 
 from edge_agent.backoff import full_jitter
-from edge_agent.state_dir import sync_folder, write_durably
+from edge_agent.state_dir import write_durably
+from wire_protocol.durable import remove_file, sync
 from wire_protocol.errors import ProtocolError
-from wire_protocol.messages import MAX_MESSAGE_BYTES
+from wire_protocol.messages import MAX_WIRE_BYTES
 
 log = structlog.get_logger()
 
@@ -136,13 +137,12 @@ class Outbox:
             ProtocolError: the payload is larger than a message may be, or the id is no file name.
             DeviceError: the disk is full.
         """
-        if len(message.payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(
-                f"message of {len(message.payload)} bytes exceeds {MAX_MESSAGE_BYTES}"
-            )
+        if len(message.payload) > MAX_WIRE_BYTES:
+            raise ProtocolError(f"message of {len(message.payload)} bytes exceeds {MAX_WIRE_BYTES}")
         if message.message_id in self._messages:
             return
-        write_durably(self._path(message.message_id), _to_json(message))
+        path = self._path(message.message_id)
+        write_durably(path, _to_json(message), site="agent.outbox")
         self._messages[message.message_id] = message
         self._schedule.add(message.message_id, now)
 
@@ -171,8 +171,7 @@ class Outbox:
         if self._messages.pop(message_id, None) is None:
             return False
         self._schedule.remove(message_id)
-        # No fsync: a message that comes back after power loss is only sent once more.
-        self._path(message_id).unlink(missing_ok=True)
+        remove_file(self._path(message_id), site="agent.outbox.acknowledged")
         return True
 
     def _path(self, message_id: str) -> Path:
@@ -189,7 +188,7 @@ class Outbox:
                 message = _from_json(path.stem, path.read_bytes())
             except (OSError, ProtocolError) as error:
                 path.rename(path.with_name(path.name + ".corrupt"))
-                sync_folder(self._folder)
+                sync(self._folder)
                 log.warning("outbox_file_moved_aside", path=str(path), error=str(error))
                 continue
             self._messages[message.message_id] = message

@@ -7,12 +7,12 @@ at all. Valid on Python 3.8, standard library only.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wire_protocol.durable import write_durably
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import Codec
 from wire_protocol.records import Columns
@@ -167,16 +167,6 @@ def write_result(
     report: TrainingReport,
 ) -> None:
     """Write the encoded update, then the result that says it is there."""
-    write_whole(round_dir / UPDATE_FILE, update)
+    write_durably(round_dir / UPDATE_FILE, update, site="trainer.update")
     result: dict[str, Any] = {"examples": examples, "ranks": ranks, "report": asdict(report)}
-    write_whole(round_dir / RESULT_FILE, json.dumps(result).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(round_dir / RESULT_FILE, json.dumps(result).encode(), site="trainer.result")

@@ -101,7 +101,9 @@ async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
         "download_s": time.monotonic() - began,
         "download_bytes": shop.blobs.received_bytes - received_before,
     }
-    write_durably(round_dir / DOWNLOAD_FILE, json.dumps(spent).encode())
+    write_durably(
+        round_dir / DOWNLOAD_FILE, json.dumps(spent).encode(), site="agent.download_report"
+    )
 
 
 def _write_assignment(
@@ -140,7 +142,9 @@ def _write_assignment(
         "memory_limit_bytes": None if emulation else _budget_bytes(shop),
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
     }
-    write_durably(round_dir / ASSIGNMENT_FILE, json.dumps(request).encode())
+    write_durably(
+        round_dir / ASSIGNMENT_FILE, json.dumps(request).encode(), site="agent.assignment"
+    )
 
 
 def _budget_bytes(shop: Workshop) -> int:

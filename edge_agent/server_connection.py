@@ -7,6 +7,7 @@ Knows status codes and retries; not what is asked.
 from __future__ import annotations
 
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from edge_agent.backoff import full_jitter
+from edge_agent.fleet_tls import refused_by_server, tls_advice
 from wire_protocol.errors import (
     DeviceError,
     FailureCode,
@@ -125,10 +127,19 @@ class ServerConnection:
         url: e.g. ``http://server:8080``.
         token: sent as bearer token; None sends none.
         answer_s: a connection that is silent for so long is taken for dead.
+        tls: whom to believe and what to present, for https; None trusts the system's authorities.
     """
 
-    def __init__(self, url: str, *, token: str | None, answer_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        answer_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._url = url.rstrip("/")
+        self._tls = tls
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._answer_s = answer_s
         self._opened: httpx.AsyncClient | None = None
@@ -172,7 +183,7 @@ class ServerConnection:
 
         Raises:
             ServerUnavailable: no connection, a broken one, or the server is in trouble (5xx).
-            Refused: 401 or 403.
+            Refused: 401 or 403, or the server does not accept this device's certificate.
             Rejected: another 4xx.
         """
         import httpx  # noqa: PLC0415 - see the module's docstring
@@ -186,8 +197,11 @@ class ServerConnection:
                     _raise_for(response)
                 yield response
         except httpx.TransportError as error:
+            advice = tls_advice(error)
+            if refused_by_server(error):
+                raise Refused(f"{self._url} refuses this device: {advice}") from error
             raise ServerUnavailable(
-                f"{self._url} does not answer: {error or type(error).__name__}"
+                f"{self._url} does not answer: {advice or str(error) or type(error).__name__}"
             ) from error
 
     def _client(self) -> httpx.AsyncClient:
@@ -198,6 +212,7 @@ class ServerConnection:
                 base_url=self._url,
                 headers=self._headers,
                 timeout=httpx.Timeout(self._answer_s, connect=min(10.0, self._answer_s)),
+                verify=self._tls or True,
             )
         return self._opened
 

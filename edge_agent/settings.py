@@ -61,6 +61,9 @@ class AgentSettings(Settings):
         "http://127.0.0.1:8300", pattern=r"^https?://", description="the server's HTTP address"
     )
     token: str | None = Field(None, repr=False, description="the server's device token")
+    identity: Path | None = Field(
+        None, description="folder of key and certificate; default: STATE_DIR/identity if enrolled"
+    )
     broker: str | None = Field(
         None,
         pattern=r"^mqtts?://",

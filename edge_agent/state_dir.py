@@ -16,13 +16,13 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 
+from wire_protocol import durable
 from wire_protocol.errors import AlreadyRunning, ConfigError, DeviceError, FailureCode
 from wire_protocol.messages import Identifier
 
@@ -148,7 +148,7 @@ class StateDir:
 
 
 class Counter:
-    """A number that grows by one and survives power loss."""
+    """A number that only grows and survives power loss."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -171,29 +171,31 @@ class Counter:
             DeviceError: the disk is full or failed.
         """
         following = self.value + 1
-        write_durably(self._path, f"{following}\n".encode())
+        self.raise_to(following)
         return following
 
+    def raise_to(self, number: int) -> None:
+        """Remember ``number``, which is larger than the last; on disk before this returns.
 
-def write_durably(path: Path, data: bytes) -> None:
+        Raises:
+            DeviceError: the disk is full or failed.
+        """
+        write_durably(self._path, f"{number}\n".encode(), site="agent.counter")
+
+
+def write_durably(path: Path, data: bytes, *, site: str) -> None:
     """Replace ``path`` so that after power loss either the old or the new content is there.
+
+    Args:
+        path: in a folder that exists.
+        data: the whole content.
+        site: what is written; see ``wire_protocol.durable``.
 
     Raises:
         DeviceError: the disk is full or failed.
     """
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        durable.write_durably(path, data, site=site)
     except OSError as error:
         raise disk_error(path, error) from error
 
@@ -207,12 +209,3 @@ def disk_error(path: Path, error: OSError) -> DeviceError:
     return DeviceError(
         FailureCode.INTERNAL, f"cannot write {path}: {error.strerror or error}; check the disk"
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,8 +24,8 @@ from edge_agent.round_directory import (
     TrainRequest,
     read_request,
     write_result,
-    write_whole,
 )
+from wire_protocol.durable import write_durably
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
 from wire_protocol.tensors import decode, encode
 
@@ -85,7 +85,8 @@ class WarmTrainer:
         base = self._base_model(Path(value["model_dir"]), value["task"], int(value["label_count"]))
         limit_memory(request.memory_limit_bytes)
         result = benchmark(base, request, on_step=on_step)
-        write_whole(request_file.with_name(BENCHMARK_RESULT_FILE), json.dumps(result).encode())
+        target = request_file.with_name(BENCHMARK_RESULT_FILE)
+        write_durably(target, json.dumps(result).encode(), site="trainer.benchmark")
 
     def _base_model(self, model_dir: Path, task: str, label_count: int) -> BaseModel:
         key = (model_dir, task, label_count)

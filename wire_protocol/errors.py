@@ -98,3 +98,15 @@ class DeviceError(LegendError):
     def __init__(self, code: FailureCode, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+def one_line(text: object, *, longest: int = 300) -> str:
+    """Text that quotes a stranger, fit for an error: one line, printable, not endless.
+
+    Args:
+        text: anything; what cannot be shown becomes a question mark.
+        longest: characters that are kept.
+    """
+    line = " ".join(str(text).split())
+    shown = line if len(line) <= longest else line[:longest] + "..."
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)

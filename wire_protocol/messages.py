@@ -16,10 +16,13 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from wire_protocol.errors import FailureCode, ProtocolError
+from wire_protocol.errors import FailureCode, ProtocolError, one_line
 from wire_protocol.lora import Codec, LoraConfig
 
 MAX_MESSAGE_BYTES = 16 * 1024
+MAX_WIRE_BYTES = 32 * 1024
+"""The largest message with its signature, its voucher and the quotes that JSON escapes."""
+
 PROTOCOL_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -27,6 +30,7 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$")
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, le=1e9)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Line = Annotated[str, Field(max_length=500)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Part(BaseModel):
@@ -90,13 +94,13 @@ class CapabilityProfile(Part):
     fingerprint: Sha256
     memory_budget_bytes: Count
     disk_free_bytes: Count
-    disk_write_bytes_per_s: float | None = None
+    disk_write_bytes_per_s: Finite | None = None
     cpu_count: Count
     accelerator: Line
     link: LinkReport | None = None
     compute: ComputeReport | None = None
     inference: InferenceReport | None = None
-    temperature_c: float | None = None
+    temperature_c: Finite | None = None
     power_mode: Line | None = None
     throttled: bool | None = None
 
@@ -106,7 +110,7 @@ class Birth(Part):
 
     boot_id: Identifier
     agent_version: Line
-    protocol: tuple[int, ...] = (PROTOCOL_VERSION,)
+    protocol: tuple[Count, ...] = Field((PROTOCOL_VERSION,), max_length=20)
     board: Identifier
     emulated: Line | None = None
     capability: CapabilityProfile
@@ -126,7 +130,7 @@ class Heartbeat(Part):
     sequence: Count
     busy_with: Identifier | None = None
     rss_bytes: Count = 0
-    temperature_c: float | None = None
+    temperature_c: Finite | None = None
     dropped_messages: Count = 0
 
 
@@ -138,7 +142,7 @@ class Progress(Part):
     phase: Literal["fetching", "training", "uploading"]
     step: Count = 0
     steps: Count = 0
-    loss: float | None = None
+    loss: Finite | None = None
 
 
 class Failure(Part):
@@ -308,6 +312,26 @@ SCHEMAS: dict[type[Part], str] = {
 }
 
 
+EVERY_DEVICE = "*"
+"""The receiver of what the server says to the whole fleet."""
+
+
+class Delivery(Part):
+    """For whom one message of the server is, and what tells it from every other.
+
+    Attributes:
+        to: a device, or ``EVERY_DEVICE``.
+        seq: larger than that of every message before.
+        at_s: seconds since the server's start; no date, as devices may not know theirs.
+        ttl_s: seconds after which the message means nothing any more.
+    """
+
+    to: Annotated[str, Field(max_length=60)]
+    seq: Annotated[int, Field(ge=0, lt=2**63)]
+    at_s: Seconds
+    ttl_s: Seconds
+
+
 class Envelope(BaseModel):
     """What every message shares.
 
@@ -315,6 +339,7 @@ class Envelope(BaseModel):
         id: made once per logical message, the same on every resend.
         sid: the device's connection number; a death older than the last birth
             is recognised by it. On commands: the session they are meant for.
+        delivery: on signed messages of the server.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -322,10 +347,13 @@ class Envelope(BaseModel):
     schema_name: str = Field(alias="schema", max_length=60)
     id: Identifier
     sid: Count
+    delivery: Delivery | None = None
     body: dict[str, object]
 
 
-def encode_message(body: Body, *, message_id: str, sid: int) -> bytes:
+def encode_message(
+    body: Body, *, message_id: str, sid: int, delivery: Delivery | None = None
+) -> bytes:
     """Write one message.
 
     Raises:
@@ -335,9 +363,10 @@ def encode_message(body: Body, *, message_id: str, sid: int) -> bytes:
         schema=SCHEMAS[type(body)],
         id=message_id,
         sid=sid,
+        delivery=delivery,
         body=body.model_dump(mode="json", exclude_none=True),
     )
-    data = envelope.model_dump_json(by_alias=True).encode()
+    data = envelope.model_dump_json(by_alias=True, exclude_none=True).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
     return data
@@ -349,16 +378,30 @@ def decode_message(body_type: type[BodyType], data: bytes) -> tuple[Envelope, Bo
     Raises:
         ProtocolError: too large, not JSON, another schema, or a bad field.
     """
+    envelope = read_envelope(data)
+    if envelope.schema_name != SCHEMAS[body_type]:
+        raise ProtocolError(f"schema {envelope.schema_name!r} instead of {SCHEMAS[body_type]!r}")
+    try:
+        return envelope, body_type.model_validate(envelope.body)
+    except ValidationError as error:
+        raise _bad_field(error) from error
+
+
+def read_envelope(data: bytes) -> Envelope:
+    """Read what every message shares; the body is not understood yet.
+
+    Raises:
+        ProtocolError: too large, not JSON, or a bad field.
+    """
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
     try:
-        envelope = Envelope.model_validate_json(data)
-        if envelope.schema_name != SCHEMAS[body_type]:
-            raise ProtocolError(
-                f"schema {envelope.schema_name!r} instead of {SCHEMAS[body_type]!r}"
-            )
-        return envelope, body_type.model_validate(envelope.body)
+        return Envelope.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "message"
-        raise ProtocolError(f"{place}: {first['msg']}") from error
+        raise _bad_field(error) from error
+
+
+def _bad_field(error: ValidationError) -> ProtocolError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "message"
+    return ProtocolError(one_line(f"{place}: {first['msg']}"))

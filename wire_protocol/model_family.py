@@ -147,6 +147,9 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         heads = int(config.get("num_attention_heads") or config.get("n_heads") or config["n_head"])
     except KeyError as error:
         raise ConfigError(f"config.json of the base model lacks {error}") from error
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError("config.json of the base model has a size that is no number") from error
+    _check_sizes(hidden, layers, heads)
     head_size = int(config.get("head_dim") or hidden // heads)
     key_value = int(config.get("num_key_value_heads") or heads) * head_size
     inner = int(

@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wire_protocol.errors import ConfigError
+from wire_protocol.errors import ConfigError, one_line
+from wire_protocol.plain_yaml import read_yaml
 
 
 class Settings(BaseModel):
@@ -66,20 +66,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "file"
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        place = one_line(place, longest=80)
+        near = difflib.get_close_matches(str(first["loc"][-1])[:80], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
         return f"unknown key {place!r}{hint}"
     if first["type"] == "missing":
         return f"key {place!r} is missing"
-    return f"{place}: {' '.join(first['msg'].split())}"
+    return one_line(f"{place}: {first['msg']}")
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{source} is not valid YAML: {line}") from error
+    values = read_yaml(text, source=source)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -88,10 +85,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], path: list[str], value: str, name: str) -> None:
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"environment variable {name} is not valid YAML") from error
+    parsed = read_yaml(value, source=f"environment variable {name}")
     for key in path[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):

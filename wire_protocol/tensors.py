@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from wire_protocol.errors import ProtocolError
+from wire_protocol.errors import ProtocolError, one_line
 from wire_protocol.lora import Codec
 
 Adapter = Mapping[str, "NDArray[np.float32]"]
@@ -57,7 +57,7 @@ def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ProtocolError(f"adapter is not valid safetensors: {error}") from error
+        raise ProtocolError(one_line(f"adapter is not valid safetensors: {error}")) from error
     adapter: Dict[str, NDArray[np.float32]] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE):

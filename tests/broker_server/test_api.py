@@ -19,7 +19,9 @@ from broker_server.server import Server
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import Store
+from broker_server.voice import ServerVoice
 from tests.support.messages import SHA, a_birth
+from wire_protocol.signed import Signer
 
 BROKER = BrokerAddress(
     "127.0.0.1", 1, device_credentials=Credentials("device", "pass/word"), loopback_only=True
@@ -33,7 +35,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     store = Store.in_folder(tmp_path)
     settings = ServerSettings(fleet="home", state_dir=tmp_path, token="secret")
     link = ServerLink(BROKER, fleet="home", start_number=1)
-    yield Server(settings, state, store, BlobStore(state.blobs), BROKER, link)
+    voice = ServerVoice(Signer(bytes(32)), 1, 0.0)
+    blobs = BlobStore(state.blobs)
+    yield Server(settings, state, store, blobs, BROKER, link, voice, voice.signer.public_key)
     store.close()
 
 

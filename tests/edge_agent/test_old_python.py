@@ -23,7 +23,7 @@ TRAINER = (
     "trainer_child",
     "warm_trainer",
 )
-CONTRACT = ("errors", "lora", "model_family", "records", "tensors")
+CONTRACT = ("durable", "errors", "lora", "model_family", "records", "tensors")
 MODULES = [f"edge_agent.{name}" for name in TRAINER] + [
     f"wire_protocol.{name}" for name in CONTRACT
 ]

@@ -17,7 +17,7 @@ from edge_agent.outbox import (
     ResendSchedule,
 )
 from wire_protocol.errors import ProtocolError
-from wire_protocol.messages import MAX_MESSAGE_BYTES
+from wire_protocol.messages import MAX_WIRE_BYTES
 
 
 def outbox(folder: Path, now: float = 0.0) -> Outbox:
@@ -90,7 +90,7 @@ def test_half_written_files_of_a_killed_agent_are_cleaned_up(tmp_path: Path) -> 
 def test_a_message_that_no_broker_would_take_is_refused(tmp_path: Path) -> None:
     box = outbox(tmp_path)
     with pytest.raises(ProtocolError, match="exceeds"):
-        box.add(message("m1", b"x" * (MAX_MESSAGE_BYTES + 1)), now=0.0)
+        box.add(message("m1", b"x" * (MAX_WIRE_BYTES + 1)), now=0.0)
     assert len(box) == 0
 
 

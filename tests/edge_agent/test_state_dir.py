@@ -77,15 +77,15 @@ def test_a_damaged_counter_does_not_stop_the_agent(tmp_path: Path) -> None:
 
 def test_a_durable_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "file"
-    write_durably(target, b"a long first content")
-    write_durably(target, b"short")
+    write_durably(target, b"a long first content", site="test")
+    write_durably(target, b"short", site="test")
     assert target.read_bytes() == b"short"
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_failed_write_says_which_file(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="missing/file"):
-        write_durably(tmp_path / "missing" / "file", b"x")
+        write_durably(tmp_path / "missing" / "file", b"x", site="test")
 
 
 def test_a_full_disk_has_its_own_code() -> None:

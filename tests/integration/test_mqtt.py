@@ -30,7 +30,7 @@ from tests.support.brokers import (
 )
 from tests.support.ports import free_port
 from wire_protocol.errors import ProtocolError
-from wire_protocol.messages import MAX_MESSAGE_BYTES, State, decode_message
+from wire_protocol.messages import MAX_WIRE_BYTES, State, decode_message
 from wire_protocol.topics import Broadcast, Channel, FleetTopic
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
@@ -350,10 +350,10 @@ async def test_a_message_that_is_too_large_is_refused_and_the_link_lives_on(
         await next_of(device, Connected)
         await next_message(server, lambda message: message.topic.endswith("up/state"))
         with pytest.raises(ProtocolError, match="exceeds"):
-            device.publish(topic("nano-1", Channel.EVENT), b"x" * (MAX_MESSAGE_BYTES + 1))
+            device.publish(topic("nano-1", Channel.EVENT), b"x" * (MAX_WIRE_BYTES + 1))
         with pytest.raises(ProtocolError, match="exceeds"):
-            server.publish(topic("nano-1", Channel.COMMAND), b"x" * (MAX_MESSAGE_BYTES + 1))
-        largest = b"x" * MAX_MESSAGE_BYTES
+            server.publish(topic("nano-1", Channel.COMMAND), b"x" * (MAX_WIRE_BYTES + 1))
+        largest = b"x" * MAX_WIRE_BYTES
         device.publish(topic("nano-1", Channel.EVENT), largest)
         message = await next_message(server, lambda message: message.payload == largest)
         message.acknowledge()
