@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 
 from broker_server.blobs import BlobStore
+from broker_server.privacy import epsilon_after, noise_source, privacy_rule
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import RunCheckpoint, RunPlan
-from broker_server.strategies import DeviceCapacity, RunShape, Strategy, strategy_named
+from broker_server.strategies import DeviceCapacity, RunShape, Strategy
+from broker_server.strategies.protected import protected_strategy
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.lora import Codec
@@ -16,7 +18,7 @@ from wire_protocol.messages import BlobRef, Command, RoundStart, TrainingRecipe,
 from wire_protocol.model_family import FAMILIES, ModelShape, adapter_shapes
 from wire_protocol.tensors import encode
 
-BYTES_PER_VALUE = {Codec.FP32: 4.0, Codec.FP16: 2.0, Codec.INT8: 1.05}
+BYTES_PER_VALUE = {Codec.FP32: 4.0, Codec.FP16: 2.0, Codec.INT8: 0.96, Codec.INT4: 0.45}
 """int8 carries one float32 scale per row, about five per cent at our shapes."""
 
 TYPICAL_FILL = 0.5
@@ -46,7 +48,9 @@ def check_run(spec: RunSpec, shape: ModelShape) -> None:
         )
     if spec.task == "classification" and len(spec.labels) < 2:
         raise ConfigError("classification needs at least two labels; list them under 'labels'")
-    _rehearse(strategy_named(spec.strategy, spec.strategy_options), spec, shape)
+    if spec.privacy is not None:
+        epsilon_after(spec.privacy, spec.rounds)  # says now if it cannot be reckoned later
+    _rehearse(strategy_of(spec), spec, shape)
 
 
 def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
@@ -75,6 +79,20 @@ def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
         ) from error
 
 
+def strategy_of(spec: RunSpec) -> Strategy:
+    """The run's strategy, with what protects it.
+
+    Raises:
+        ConfigError: an option is wrong, or two protections exclude each other.
+    """
+    return protected_strategy(
+        spec.strategy,
+        spec.strategy_options,
+        privacy=privacy_rule(spec.privacy),
+        noise=noise_source(spec.privacy),
+    )
+
+
 def recipe_of(spec: RunSpec) -> TrainingRecipe:
     """How every device of a run trains."""
     return TrainingRecipe(
@@ -86,6 +104,7 @@ def recipe_of(spec: RunSpec) -> TrainingRecipe:
         head_learning_rate=spec.head_learning_rate,
         max_tokens=spec.max_tokens,
         codec=spec.codec,
+        clip_norm=spec.privacy.clip_norm if spec.privacy else None,
     )
 
 
@@ -128,7 +147,7 @@ def prepare_run(
         ConfigError: see ``check_run``.
     """
     check_run(spec, shape)
-    strategy = strategy_named(spec.strategy, spec.strategy_options)
+    strategy = strategy_of(spec)
     sizes = run_shape(spec, shape)
     recipe = recipe_of(spec)
     plan = RunPlan(

@@ -33,6 +33,7 @@ class Recipe:
     head_learning_rate: float
     max_tokens: int
     codec: Codec = Codec.FP32
+    clip_norm: float | None = None
 
     @property
     def label_count(self) -> int:
@@ -67,6 +68,7 @@ class TrainRequest:
         ranks: LoRA rank to train at every layer; 0 freezes it.
         deadline_s: seconds from the start of the training command.
         factors: LoRA factors to train: ``both``, ``A`` or ``B``.
+        residual_file: what a coarse codec left out of this run's updates so far; None forgets it.
     """
 
     ranks: tuple[int, ...]
@@ -80,6 +82,7 @@ class TrainRequest:
     dataset_file: Path
     columns: Columns
     factors: str = "both"
+    residual_file: Path | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainRequest:
@@ -101,6 +104,7 @@ class TrainRequest:
                 head_learning_rate=float(recipe["head_learning_rate"]),
                 max_tokens=int(recipe["max_tokens"]),
                 codec=Codec(recipe["codec"]),
+                clip_norm=recipe.get("clip_norm"),
             ),
             limits=LocalLimits(
                 batch_size=int(value["batch_size"]),
@@ -115,6 +119,7 @@ class TrainRequest:
             dataset_file=Path(dataset["path"]),
             columns=Columns(**dataset["columns"]),
             factors=str(value.get("factors", "both")),
+            residual_file=Path(value["residual_file"]) if value.get("residual_file") else None,
         )
 
 
@@ -128,6 +133,8 @@ class TrainingReport:
         backward_s: all backward passes with clipping and the optimiser's step.
         training_s: from the start of the first step to the end of the last one.
         batch_size: of the last step; smaller than asked after a lack of memory.
+        forward_token_layers: token-layer pairs of all forward passes; fewer than
+            tokens times layers when frozen layers were read back.
     """
 
     steps_done: int
@@ -140,6 +147,7 @@ class TrainingReport:
     gradient_checkpointing: bool
     first_loss: float
     last_loss: float
+    forward_token_layers: int | None = None
 
 
 def read_request(round_dir: Path) -> TrainRequest:

@@ -28,7 +28,7 @@ from wire_protocol.messages import BlobRef, Progress, RoundStart, StepReport, Up
 
 log = structlog.get_logger()
 
-CODEC_SHARE = {Codec.FP32: 1.0, Codec.FP16: 0.5, Codec.INT8: 0.28}
+CODEC_SHARE = {Codec.FP32: 1.0, Codec.FP16: 0.5, Codec.INT8: 0.25, Codec.INT4: 0.12}
 """Bytes of an update over those of the same tensors in fp32, as the global adapter has them."""
 
 DOWNLOAD_FILE = "download.json"
@@ -123,6 +123,7 @@ def _write_assignment(
         "adapter_file": str(shop.state.blobs / start.adapter.sha256),
         "ranks": ranks,
         "factors": start.factors,
+        "residual_file": str(shop.state.residual_file(start.run_id)),
         "steps": start.steps,
         "deadline_s": deadline_s,
         "seed": start.seed,

@@ -4,6 +4,7 @@
     <root>/counters/<name>       numbers that only ever grow
     <root>/outbox/               messages that the server has not acknowledged
     <root>/rounds/<assignment>/  one round directory per assignment
+    <root>/residuals/            what a coarse codec left out so far
     <root>/cache/blobs/          adapters by digest
     <root>/cache/models/         base models by digest
 
@@ -70,6 +71,16 @@ class StateDir:
     def cache(self) -> Path:
         """What can be fetched again; safe to delete while no agent runs."""
         return self.root / "cache"
+
+    def residual_file(self, run_id: str) -> Path:
+        """What a coarse codec left out of a run's updates; those of other runs are deleted."""
+        folder = self.root / "residuals"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{run_id}.safetensors"
+        for other in folder.iterdir():
+            if other != path:
+                other.unlink(missing_ok=True)
+        return path
 
     @property
     def blobs(self) -> Path:

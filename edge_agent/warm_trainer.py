@@ -16,6 +16,7 @@ import torch
 
 from edge_agent.base_model import BaseModel, load_base_model
 from edge_agent.dataset import Tokenised
+from edge_agent.error_feedback import COARSE, encode_with_feedback, read_residual
 from edge_agent.finetune import Outcome, Supervision, prepare_data, train
 from edge_agent.peak_memory import is_out_of_memory, limit_memory, release_memory
 from edge_agent.probe import ProbeRequest, benchmark
@@ -27,6 +28,7 @@ from edge_agent.round_directory import (
 )
 from wire_protocol.durable import write_durably
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
+from wire_protocol.lora import Codec
 from wire_protocol.tensors import decode, encode
 
 
@@ -132,11 +134,18 @@ def _read(path: Path) -> bytes:
 
 
 def _encoded(outcome: Outcome, request: TrainRequest) -> bytes:
+    codec, residual_file = request.recipe.codec, request.residual_file
     try:
-        return encode(outcome.delta, request.recipe.codec)
+        if codec not in COARSE or residual_file is None:
+            return encode(outcome.delta, codec)
+        residual = read_residual(residual_file)
+        data, residual = encode_with_feedback(outcome.delta, residual, codec)
+        left_out = encode(residual, Codec.FP32)
     except ProtocolError as error:
         line = f"the update cannot be sent: {error}; lower the learning rate"
         raise DeviceError(FailureCode.NON_FINITE_LOSS, line) from error
+    write_durably(residual_file, left_out, site="trainer.residual")
+    return data
 
 
 def _probe_request(value: Mapping[str, Any]) -> ProbeRequest:

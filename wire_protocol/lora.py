@@ -22,6 +22,7 @@ class Codec(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True)

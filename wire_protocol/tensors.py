@@ -2,11 +2,15 @@
 
 An int8 tensor ``x`` travels as ``x`` (int8) and ``x.scale`` (float32), one
 scale per rank row: per row of lora_A and of the head, per column of lora_B.
+An int4 matrix travels likewise as uint8, two numbers a byte along the axis of
+its scales; vectors and matrices of odd length along that axis travel as int8.
+Both are deflated behind a first line that says so: whole numbers repeat.
 Valid on Python 3.8; imports NumPy and safetensors only.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Dict, Mapping, Tuple
 
 import numpy as np
@@ -22,6 +26,7 @@ Adapter = Mapping[str, "NDArray[np.float32]"]
 
 MAX_ADAPTER_BYTES = 64 * 1024 * 1024
 _SCALE = ".scale"
+_DEFLATED = b"legend.deflate/1\n"
 
 
 def encode(adapter: Adapter, codec: Codec) -> bytes:
@@ -34,15 +39,18 @@ def encode(adapter: Adapter, codec: Codec) -> bytes:
     for name in sorted(adapter):
         tensor = np.ascontiguousarray(adapter[name], dtype=np.float32)
         _require_finite(name, tensor)
-        if codec is Codec.INT8:
-            tensors[name], tensors[name + _SCALE] = _quantise(name, tensor)
+        if codec is Codec.INT4 and _can_be_packed(name, tensor):
+            tensors[name], tensors[name + _SCALE] = _pack(name, tensor)
+        elif codec in (Codec.INT8, Codec.INT4):
+            tensors[name], tensors[name + _SCALE] = _quantise(name, tensor, 127)
         elif codec is Codec.FP16:
             with np.errstate(over="ignore"):
                 tensors[name] = tensor.astype(np.float16)
             _require_finite(name, tensors[name])
         else:
             tensors[name] = tensor
-    return bytes(save(tensors, metadata={"codec": codec.value}))
+    data = bytes(save(tensors, metadata={"codec": codec.value}))
+    return _DEFLATED + zlib.compress(data, 9) if codec in (Codec.INT8, Codec.INT4) else data
 
 
 def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
@@ -55,7 +63,7 @@ def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
     if len(data) > MAX_ADAPTER_BYTES:
         raise ProtocolError(f"adapter of {len(data)} bytes exceeds {MAX_ADAPTER_BYTES}")
     try:
-        tensors = load(data)
+        tensors = load(_inflate(data))
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ProtocolError(one_line(f"adapter is not valid safetensors: {error}")) from error
     adapter: Dict[str, NDArray[np.float32]] = {}
@@ -64,7 +72,7 @@ def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
             if name[: -len(_SCALE)] not in tensors:
                 raise ProtocolError(f"scale {name[:80]!r} has no tensor")
             continue
-        values = _dequantise(name, tensors) if tensor.dtype == np.int8 else tensor
+        values = _dequantise(name, tensors) if tensor.dtype in (np.int8, np.uint8) else tensor
         if values.dtype not in (np.float32, np.float16):
             raise ProtocolError(f"tensor {name[:80]!r} has dtype {values.dtype}")
         adapter[name] = np.ascontiguousarray(values, dtype=np.float32)
@@ -91,22 +99,64 @@ def _scale_axis(name: str) -> int:
     return 0 if name.endswith("lora_B") else 1
 
 
+def _inflate(data: bytes) -> bytes:
+    if not data.startswith(_DEFLATED):
+        return data
+    reader = zlib.decompressobj()
+    try:
+        plain = reader.decompress(data[len(_DEFLATED) :], MAX_ADAPTER_BYTES)
+    except zlib.error as error:
+        raise ProtocolError(f"adapter is not deflated: {error}") from error
+    if not reader.eof or reader.unused_data:
+        raise ProtocolError(f"adapter is cut off, or inflates beyond {MAX_ADAPTER_BYTES} bytes")
+    return plain
+
+
+def _can_be_packed(name: str, tensor: NDArray[np.float32]) -> bool:
+    return tensor.ndim == 2 and tensor.shape[_scale_axis(name)] % 2 == 0
+
+
+def _pack(name: str, tensor: NDArray[np.float32]) -> Tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Numbers of -7..7, neighbours along the scales' axis in one byte."""
+    numbers, scale = _quantise(name, tensor, 7)
+    # Offset by 8, so that a nibble is 1..15 and needs no sign.
+    nibbles = (numbers + 8).astype(np.uint8)
+    even, odd = (
+        (nibbles[0::2], nibbles[1::2])
+        if _scale_axis(name) == 0
+        else (nibbles[:, 0::2], nibbles[:, 1::2])
+    )
+    return np.ascontiguousarray(even | (odd << 4)), scale
+
+
+def _unpack(name: str, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    even, odd = (packed & 15).astype(np.float32) - 8, (packed >> 4).astype(np.float32) - 8
+    axis = _scale_axis(name)
+    return np.stack([even, odd], axis=axis + 1).reshape(
+        [2 * n if i == axis else n for i, n in enumerate(packed.shape)]
+    )
+
+
 def _quantise(
-    name: str, tensor: NDArray[np.float32]
+    name: str, tensor: NDArray[np.float32], largest: int
 ) -> Tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric absmax quantisation; an all-zero row has scale 0."""
     axis = _scale_axis(name) if tensor.ndim == 2 else 0
-    scale = np.abs(tensor).max(axis=axis, keepdims=True) / np.float32(127)
+    scale = np.abs(tensor).max(axis=axis, keepdims=True) / np.float32(largest)
     safe = np.where(scale > 0, scale, np.float32(1))
     return np.rint(tensor / safe).astype(np.int8), scale.astype(np.float32)
 
 
 def _dequantise(name: str, tensors: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
     tensor, scale = tensors[name], tensors.get(name + _SCALE)
+    if tensor.dtype == np.uint8:
+        if tensor.ndim != 2:
+            raise ProtocolError(f"int4 tensor {name[:80]!r} is not a matrix")
+        tensor = _unpack(name, tensor.astype(np.uint8))
     axis = _scale_axis(name) if tensor.ndim == 2 else 0
     expected = tuple(1 if i == axis else n for i, n in enumerate(tensor.shape))
     if scale is None or scale.dtype != np.float32 or scale.shape != expected:
-        raise ProtocolError(f"int8 tensor {name[:80]!r} needs float32 scales of shape {expected}")
+        raise ProtocolError(f"tensor {name[:80]!r} needs float32 scales of shape {expected}")
     with np.errstate(over="ignore", invalid="ignore"):
         return tensor.astype(np.float32) * scale.astype(np.float32)
 

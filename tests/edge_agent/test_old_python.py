@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 TRAINER = (
     "base_model",
     "dataset",
+    "error_feedback",
     "finetune",
     "onnx_runtime",
     "peak_memory",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,29 @@ def test_fp32_is_exact(seed: int, scale: float) -> None:
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e3]))
+def test_int4_is_within_half_a_step_of_its_rank_row(seed: int, scale: float) -> None:
+    adapter = an_adapter(seed, scale)
+    read = decode(encode(adapter, Codec.INT4))
+    check_shapes(read, SHAPES)
+    for name, tensor in adapter.items():
+        axis = 0 if name.endswith("lora_B") or tensor.ndim == 1 else 1
+        step = np.abs(tensor).max(axis=axis, keepdims=True) / 7
+        assert (np.abs(read[name] - tensor) <= step * 0.5001 + 1e-12).all()
+
+
+def test_a_matrix_of_odd_length_travels_as_int8_among_int4() -> None:
+    odd = {"head.weight": np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3)}
+    read = decode(encode(odd, Codec.INT4))
+    assert np.abs(read["head.weight"] - odd["head.weight"]).max() <= 0.5 / 127
+
+
+def test_deflated_bytes_that_would_fill_the_memory_are_refused() -> None:
+    bomb = b"legend.deflate/1\n" + zlib.compress(bytes(65 * 1024 * 1024))
+    with pytest.raises(ProtocolError, match="inflates beyond"):
+        decode(bomb)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e3]))
 def test_int8_is_within_half_a_step_of_its_rank_row(seed: int, scale: float) -> None:
     adapter = an_adapter(seed, scale)
     read = decode(encode(adapter, Codec.INT8))
@@ -50,11 +75,14 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     assert not read["layers.1.attention.self.query.lora_B"].any()
 
 
-def test_int8_is_about_a_quarter_of_fp32_at_the_shapes_of_a_real_model() -> None:
+def test_quantised_bytes_at_the_shapes_of_a_real_model() -> None:
     config = {**CONFIG, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
     shapes = adapter_shapes(model_shape(config), (8,) * 6, 2)
-    adapter = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    assert len(encode(adapter, Codec.INT8)) < 0.28 * len(encode(adapter, Codec.FP32))
+    rng = np.random.default_rng(0)
+    adapter = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    whole = len(encode(adapter, Codec.FP32))
+    assert len(encode(adapter, Codec.INT8)) < 0.27 * whole
+    assert len(encode(adapter, Codec.INT4)) < 0.15 * whole
 
 
 @pytest.mark.parametrize("codec", list(Codec))
