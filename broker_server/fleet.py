@@ -27,6 +27,8 @@ from wire_protocol.messages import (
 
 MISSED_HEARTBEATS = 3
 """A lease lasts this many heartbeat intervals."""
+MOST_UNMEASURABLE = 100
+"""Base models that a device may say it could not measure; nobody has more."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class DeviceRecord:
     online: bool = True
     busy_with: str | None = None
     note: str = ""
+    not_training: str = ""
     estimate: CapacityEstimate | None = None
     unmeasurable: dict[str, str] = field(default_factory=dict)
     """Digest of a base model -> why it could not be measured with it."""
@@ -93,6 +96,7 @@ class Fleet:
         if known and sid < known.sid and birth.boot_id == known.birth.boot_id:
             return []  # overtaken on its way; another boot may have lost its counter
         record = DeviceRecord(birth, sid, birth.capability, last_seen=now)
+        record.not_training = birth.not_training
         same_power = known and known.capability.fingerprint == birth.capability.fingerprint
         rebooted = known is not None and known.birth.boot_id != birth.boot_id
         if known:
@@ -112,7 +116,9 @@ class Fleet:
             return [NeedsRebirth(device_id)]
         known.last_seen = now
         known.busy_with = heartbeat.busy_with
-        if known.online:
+        as_before = known.not_training == heartbeat.not_training
+        known.not_training = heartbeat.not_training
+        if known.online and as_before:
             return []
         known.online = True
         return [Joined(device_id)]
@@ -140,6 +146,8 @@ class Fleet:
         known = self.devices.get(device_id)
         if known is None:
             return [NeedsRebirth(device_id)]
+        if len(known.unmeasurable) >= MOST_UNMEASURABLE:
+            known.unmeasurable.clear()
         known.unmeasurable[model_digest] = detail
         return [Joined(device_id)]
 
@@ -172,6 +180,7 @@ class Fleet:
             layer_count=len(manifest.ranks),
             depth=sum(rank > 0 for rank in manifest.ranks),
             forward_s=report.forward_s,
+            forward_token_layers=report.forward_token_layers,
             backward_s=report.backward_s,
             downloaded_bytes=report.download_bytes,
             download_s=report.download_s,
@@ -196,6 +205,8 @@ class Fleet:
                 None,
                 f"speaks protocol {known.birth.protocol}, not {PROTOCOL_VERSION}; update it",
             )
+        if known.not_training:
+            return None, f"does not train now: {known.not_training}"
         report = known.birth.datasets.get(dataset)
         if report is None:
             has = ", ".join(sorted(known.birth.datasets)) or "none"

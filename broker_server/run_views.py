@@ -30,6 +30,7 @@ def device_list(fleet: Fleet, now: float) -> list[dict[str, object]]:
                 name: report.model_dump(mode="json")
                 for name, report in known.birth.datasets.items()
             },
+            "not_training": known.not_training,
             "note": known.note,
         }
         for device_id, known in sorted(fleet.devices.items())
@@ -64,6 +65,7 @@ def run_report(record: RunRecord, rounds: list[RoundResult]) -> RunReport:
         rounds_planned=spec.rounds,
         baseline=Baseline(**json.loads(record.baseline)) if record.baseline else None,
         rounds=tuple(rounds),
+        privacy=spec.privacy,
     )
 
 
@@ -80,6 +82,7 @@ def run_line(report: RunReport, loop: RunLoop | None) -> dict[str, object]:
         "round_number": loop.coordinator.round_number if loop else len(report.rounds),
         "rounds": report.rounds_planned,
         "accuracy": scores[-1] if scores else None,
+        "epsilon": report.rounds[-1].epsilon if report.rounds else None,
         "reason": report.reason or (loop.coordinator.waits_for() if loop else ""),
     }
 

@@ -67,6 +67,11 @@ def as_number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
 
 
+def as_epsilon(value: float | None) -> str:
+    """Privacy that was spent, with three digits; nothing can be said of known noise."""
+    return NONE if value is None else f"{value:.3g}"
+
+
 def as_ranks(ranks: Sequence[int] | None) -> str:
     """Ranks of the trained layers, towards the output; a range when there are many."""
     trained = [rank for rank in ranks or () if rank]
@@ -120,9 +125,18 @@ def devices_table(devices: Sequence[Json]) -> RenderableType:
             _link(capability.get("link")),
             _compute(capability.get("compute")),
             _datasets(device.get("datasets", {})),
-            printable(device.get("note", "")),
+            printable(_note_of(device)),
         )
     return _or_nothing(table, "no device is registered; start agents with edge-agent start")
+
+
+def enrolments_table(enrolments: Sequence[Json]) -> RenderableType:
+    """Devices that wait to be let in."""
+    table = new_table("device", "key", "waits for", "note")
+    for one in enrolments:
+        note = "takes the place of another key" if one["replaces"] else ""
+        table.add_row(one["device_id"], one["key"], as_seconds(one["since_s"]), note)
+    return _or_nothing(table, "no device waits; they ask with edge-agent enroll")
 
 
 def models_table(models: Sequence[Json]) -> RenderableType:
@@ -141,9 +155,11 @@ def models_table(models: Sequence[Json]) -> RenderableType:
 
 def runs_table(runs: Sequence[Json]) -> RenderableType:
     """Every run, newest as the server orders them."""
+    # Runs without privacy, which are most, are spared the column.
+    private = any(run.get("epsilon") is not None for run in runs)
     table = new_table(
-        "run", "name", "strategy", "status", "round", "accuracy", "reason",
-        right=("round", "accuracy"),
+        "run", "name", "strategy", "status", "round", "accuracy", *["epsilon"] * private, "reason",
+        right=("round", "accuracy", "epsilon"),
     )  # fmt: skip
     for run in runs:
         table.add_row(
@@ -153,6 +169,7 @@ def runs_table(runs: Sequence[Json]) -> RenderableType:
             styled(run["status"]),
             f"{run['round_number']}/{run['rounds']}",
             as_percent(run.get("accuracy")),
+            *[as_epsilon(run.get("epsilon"))] * private,
             printable(run.get("reason", "")),
         )
     return _or_nothing(table, "no run yet; start one with legend launch RUN.yaml")
@@ -179,6 +196,10 @@ def run_heading(run: Json) -> Text:
     if accuracies:
         text.append(f"\naccuracy {as_percent(accuracies[-1])}  {sparkline(accuracies)}")
         text.append(f"  before training {as_percent(run.get('accuracy_before'))}")
+    privacy = (run.get("spec") or {}).get("privacy")
+    if privacy:
+        spent = run["rounds"][-1].get("epsilon") if run["rounds"] else 0.0
+        text.append(f"\nprivacy: epsilon {as_epsilon(spent)} so far at delta {privacy['delta']:g}")
     return text
 
 
@@ -263,3 +284,8 @@ def _compute(compute: Json | None) -> str:
         return "not measured"
     both = compute["forward_seconds_per_token_layer"] + compute["backward_seconds_per_token_layer"]
     return f"{1e6 * both:.0f} ms/layer/ktok"
+
+
+def _note_of(device: Json) -> str:
+    reason = device.get("not_training")
+    return f"does not train now: {reason}" if reason else str(device.get("note", ""))

@@ -20,9 +20,11 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from edge_agent import session
 from edge_agent.benchmark import benchmark_device
-from edge_agent.capability import current_capability, describe_datasets, resident_bytes
+from edge_agent.capability import describe_datasets, resident_bytes
 from edge_agent.command_guard import CommandGuard
 from edge_agent.incoming import event_from
+from edge_agent.introduction import introduction
+from edge_agent.metrics import AgentCounters
 from edge_agent.mqtt import Connected, CredentialsRefused, DeviceLink, Disconnected, Received
 from edge_agent.notify import Notifier
 from edge_agent.outbox import Outbox, OutgoingMessage
@@ -81,6 +83,7 @@ class Agent:
         rng: random.Random,
         guard: CommandGuard,
         sign: Callable[[bytes], bytes] = bytes,
+        counters: AgentCounters | None = None,
     ) -> None:
         self.workshop = workshop
         self._guard = guard
@@ -98,11 +101,10 @@ class Agent:
         )
         self.boot_id = uuid.uuid4().hex
         self.datasets = describe_datasets(self.settings)
-        self.dropped = 0
+        self.counters = counters or AgentCounters()
         self._progress_at = 0.0
         self._on_hopeless = on_hopeless
         self._losses = 0
-        self._temperature_c: float | None = None
         self._work_scope: anyio.CancelScope | None = None
         self._work_ended = anyio.Event()
         self._send: MemoryObjectSendStream[session.Event]
@@ -121,7 +123,8 @@ class Agent:
             for action in self.session.handle(event, time.monotonic()):
                 self._carry_out(action, tasks)
             self._publish_outbox()
-            self.status.write(self._status())
+            self.counters.status = self._status()
+            self.status.write(self.counters.status)
 
     async def _next_event(self) -> session.Event:
         with suppress(anyio.WouldBlock):
@@ -133,8 +136,7 @@ class Agent:
     async def _read_sensors(self) -> None:
         """Beside the loop: some boards take a second to answer."""
         while True:
-            reading = await anyio.to_thread.run_sync(self.workshop.device.sensors)
-            self._temperature_c = reading.temperature_c
+            await anyio.to_thread.run_sync(self.workshop.watch.look, self.workshop.trainer.pid)
             await anyio.sleep(self.settings.heartbeat_s)
 
     def _patience_s(self) -> float:
@@ -176,8 +178,8 @@ class Agent:
         try:
             event = event_from(item.topic, item.payload, self._guard, sid=self.link.sid, now=now)
         except ProtocolError as error:
-            self.dropped += 1
-            log.warning("message_dropped", topic=item.topic, error=str(error))
+            reason = self.counters.drop(error)
+            log.warning("message_dropped", topic=item.topic, reason=reason, error=str(error))
             return
         if event is not None:
             await self._send.send(event)
@@ -190,7 +192,8 @@ class Agent:
     def _carry_out(self, action: session.Action, tasks: TaskGroup) -> None:
         match action:
             case session.PublishBirth():
-                self._publish(Channel.BIRTH, self._birth(), uuid.uuid4().hex)
+                birth = introduction(self.workshop, self.boot_id, self.datasets)
+                self._publish(Channel.BIRTH, birth, uuid.uuid4().hex)
             case session.PublishHeartbeat():
                 self._publish(
                     Channel.HEARTBEAT,
@@ -198,8 +201,9 @@ class Agent:
                         sequence=action.sequence,
                         busy_with=action.busy_with,
                         rss_bytes=resident_bytes(os.getpid()),
-                        temperature_c=self._temperature_c,
-                        dropped_messages=self.dropped,
+                        temperature_c=self.workshop.watch.reading.temperature_c,
+                        not_training=self.workshop.watch.reason[:500],
+                        dropped_messages=self.counters.dropped.total(),
                     ),
                     uuid.uuid4().hex,
                     qos=0,
@@ -271,17 +275,19 @@ class Agent:
             message = OutgoingMessage(message_id, self._topic(channel), payload)
             self.outbox.add(message, now=time.monotonic())
         except DeviceError as error:
-            # Unsaid now, but not lost: after a restart the round directory says it again.
+            # It is sent all the same; after a kill the round directory says it again.
             log.error("outbox_not_written", message_id=message_id, error=str(error))
 
     def _publish_outbox(self) -> None:
         if self.link.connected:
             for message in self.outbox.due(time.monotonic()):
+                self.counters.handed_out(message.message_id)
                 self.link.publish(message.topic, message.payload)
 
     def _clear(self, action: session.ClearOutbox) -> None:
         if not self.outbox.acknowledged(action.message_id):
             return
+        self.counters.answered(action.message_id, rejected=bool(action.rejected))
         if action.rejected:
             log.warning("update_rejected", message_id=action.message_id, why=action.rejected)
         for prefix in (UPDATE_PREFIX, FAILURE_PREFIX):
@@ -296,20 +302,6 @@ class Agent:
             for message_id in self.outbox.message_ids
             if message_id.startswith(prefix)
         ]
-
-    def _birth(self) -> Birth:
-        device = self.workshop.device
-        return Birth(
-            boot_id=self.boot_id,
-            agent_version=version("legend-edge"),
-            board=device.board,
-            emulated=device.emulation.label if device.emulation else None,
-            capability=current_capability(
-                device, self.workshop.state, trainer_pid=self.workshop.trainer.pid
-            ),
-            datasets=self.datasets,
-            heartbeat_s=self.settings.heartbeat_s,
-        )
 
     # Work
 
@@ -389,6 +381,7 @@ class Agent:
             "benchmarking": self.session.benchmarking is not None,
             "outbox": len(self.outbox),
             "trainer_starts": self.workshop.trainer.starts,
-            "dropped_messages": self.dropped,
+            "dropped_messages": self.counters.dropped.total(),
+            **self.workshop.traffic,
             "rss_bytes": resident_bytes(os.getpid()),
         }

@@ -15,10 +15,13 @@ from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, this_device
 from edge_agent.command_guard import CommandGuard
 from edge_agent.emulation import emulation_of
+from edge_agent.identity import Identity, identity_of, tls_of
 from edge_agent.join import Joined, find_broker
 from edge_agent.link import ShapedLink
+from edge_agent.metrics import AgentCounters, serve_metrics
 from edge_agent.mqtt import DeviceLink
 from edge_agent.notify import Notifier
+from edge_agent.policy_watch import PolicyWatch
 from edge_agent.round_work import Workshop
 from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir
@@ -42,6 +45,7 @@ async def run_agent(settings: AgentSettings) -> None:
     """
     emulation = emulation_of(settings.emulate) if settings.emulate else None
     device = this_device(settings, emulation)
+    identity = identity_of(settings)
     state = StateDir(settings.state_dir)
     with state.locked():
         notifier = Notifier(os.environ)
@@ -49,7 +53,7 @@ async def run_agent(settings: AgentSettings) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, name="signals")
             try:
-                await _serve(device, state, notifier)
+                await _serve(device, state, notifier, identity)
             except LegendError as error:
                 # Raised here it would leave the group wrapped, and not as one line.
                 failure = error
@@ -58,9 +62,12 @@ async def run_agent(settings: AgentSettings) -> None:
             raise failure
 
 
-async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
-    settings = device.settings
+async def _serve(
+    device: Device, state: StateDir, notifier: Notifier, identity: Identity | None
+) -> None:
+    settings, tls = device.settings, tls_of(identity)
     rng = random.Random()  # noqa: S311 - jitter, not secrets
+    counters = AgentCounters()
     shape = device.emulation.link if device.emulation else None
     trainer = Trainer(
         settings.trainer_python or sys.executable,
@@ -68,17 +75,19 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
         threads=settings.threads,
     )
     async with (
-        BlobClient(settings.server, token=settings.token) as provisioning,
-        BlobClient(settings.server, token=settings.token, link=ShapedLink(shape)) as blobs,
+        BlobClient(settings.server, token=settings.token, tls=tls) as provisioning,
+        BlobClient(settings.server, token=settings.token, link=ShapedLink(shape), tls=tls) as blobs,
     ):
-        workshop = Workshop(device, state, blobs, provisioning, trainer)
+        workshop = Workshop(device, state, blobs, provisioning, trainer, PolicyWatch(device, state))
+        await anyio.to_thread.run_sync(workshop.watch.look)
         # Ready means that the agent runs: a device may boot long before its server.
         notifier.ready("looking for the server")
         try:
-            while True:
-                joined = await find_broker(settings, provisioning, rng)
-                await _stay_connected(workshop, joined, notifier, rng)
-                await anyio.sleep(rng.uniform(0, LOOK_AGAIN_S))
+            with serve_metrics(settings, counters):
+                while True:
+                    joined = await find_broker(settings, provisioning, rng, identity)
+                    await _stay_connected(workshop, joined, notifier, rng, identity, counters)
+                    await anyio.sleep(rng.uniform(0, LOOK_AGAIN_S))
         finally:
             notifier.stopping("stopping")
             with anyio.CancelScope(shield=True):
@@ -86,7 +95,12 @@ async def _serve(device: Device, state: StateDir, notifier: Notifier) -> None:
 
 
 async def _stay_connected(
-    workshop: Workshop, joined: Joined, notifier: Notifier, rng: random.Random
+    workshop: Workshop,
+    joined: Joined,
+    notifier: Notifier,
+    rng: random.Random,
+    identity: Identity | None,
+    counters: AgentCounters,
 ) -> None:
     """Serve over one broker; returns when it should be looked for again."""
     settings, state = workshop.device.settings, workshop.state
@@ -117,6 +131,8 @@ async def _stay_connected(
             notifier=notifier,
             rng=rng,
             guard=guard,
+            sign=identity.sign if identity else bytes,
+            counters=counters,
         )
         await agent.run(tasks)
 

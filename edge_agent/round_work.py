@@ -18,6 +18,7 @@ import structlog
 from edge_agent.admission import AdmissionRequest, Admitted, MemoryModel, admit
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, current_capability
+from edge_agent.policy_watch import PolicyWatch
 from edge_agent.round_directory import ASSIGNMENT_FILE, RESULT_FILE, UPDATE_FILE
 from edge_agent.settings import DatasetSettings
 from edge_agent.state_dir import StateDir, write_durably
@@ -42,6 +43,7 @@ class Workshop:
         blobs: to the server over the board's link, real or imitated.
         provisioning: the same without imitation: a base model comes once, ahead
             of the work, and no imitated radio should make people wait for it.
+        watch: knows why the owner does not let this device train now.
     """
 
     device: Device
@@ -49,6 +51,16 @@ class Workshop:
     blobs: BlobClient
     provisioning: BlobClient
     trainer: Trainer
+    watch: PolicyWatch
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that crossed the link to the server so far."""
+        clients = (self.blobs, self.provisioning)
+        return {
+            "sent_bytes": sum(client.sent_bytes for client in clients),
+            "received_bytes": sum(client.received_bytes for client in clients),
+        }
 
 
 async def do_round(
@@ -62,6 +74,9 @@ async def do_round(
     """
     round_dir = shop.state.round_dir(start.assignment_id)
     if not (round_dir / RESULT_FILE).exists():
+        if shop.watch.reason:
+            line = f"its owner does not let it train now: {shop.watch.reason}"
+            raise DeviceError(FailureCode.NOT_ALLOWED, line)
         began = time.monotonic()
         on_progress(Progress(assignment_id=start.assignment_id, phase="fetching"))
         await _fetch(shop, start, round_dir)

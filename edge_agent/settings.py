@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from edge_agent.training_policy import TrainingPolicy
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.settings import Settings, parse_settings
 from wire_protocol.topics import check_name
@@ -85,7 +86,14 @@ class AgentSettings(Settings):
         None, description="interpreter of the trainer; default: the agent's own"
     )
     benchmark_onnx: bool = Field(True, description="measure onnxruntime inference too")
+    training: TrainingPolicy = Field(
+        default_factory=TrainingPolicy, description="when this device may train"
+    )
     emulate: EmulateSettings | None = Field(None, description="imitate a board (demo, validation)")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="serve Prometheus metrics here; default: not at all"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of the metrics")
     sysroot: Path = Field(Path("/"), description="where /proc, /sys and /etc of the board lie")
 
     @field_validator("device_id", "fleet")

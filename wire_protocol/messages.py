@@ -106,7 +106,10 @@ class CapabilityProfile(Part):
 
 
 class Birth(Part):
-    """A device (re)joined: who it is and what it can do. Sent after every connect."""
+    """A device (re)joined: who it is and what it can do. Sent after every connect.
+
+    ``not_training`` is why its owner does not let it train now, empty when it may.
+    """
 
     boot_id: Identifier
     agent_version: Line
@@ -116,6 +119,7 @@ class Birth(Part):
     capability: CapabilityProfile
     datasets: dict[Annotated[str, Field(max_length=80)], DatasetReport]
     heartbeat_s: float = Field(gt=0, le=3600)
+    not_training: Line = ""
 
 
 class State(Part):
@@ -132,6 +136,7 @@ class Heartbeat(Part):
     rss_bytes: Count = 0
     temperature_c: Finite | None = None
     dropped_messages: Count = 0
+    not_training: Line = ""
 
 
 class Progress(Part):
@@ -180,6 +185,9 @@ class StepReport(Part):
 
     The bytes are those that really crossed the link in the seconds beside
     them: what was cached, or there from an earlier attempt, does not count.
+    ``forward_token_layers`` counts the token-layer pairs of all forward passes:
+    fewer than tokens times layers where frozen layers were read back from a
+    cache; None where all of them ran.
     """
 
     steps_done: int = Field(ge=1, le=2**53)
@@ -196,6 +204,7 @@ class StepReport(Part):
     gradient_checkpointing: bool = False
     first_loss: float = Field(allow_inf_nan=False)
     last_loss: float = Field(allow_inf_nan=False)
+    forward_token_layers: Count | None = None
 
 
 class UpdateManifest(Part):
@@ -217,7 +226,11 @@ class UpdateManifest(Part):
 
 
 class TrainingRecipe(Part):
-    """How every device of a run trains; the same for all of them."""
+    """How every device of a run trains; the same for all of them.
+
+    With ``clip_norm`` a device scales its whole update down to that norm before it
+    sends it; the server does so again.
+    """
 
     task: Literal["classification", "instruction"]
     dataset: Annotated[str, Field(max_length=80)]
@@ -227,13 +240,26 @@ class TrainingRecipe(Part):
     head_learning_rate: float = Field(gt=0, le=1)
     max_tokens: int = Field(ge=4, le=8192)
     codec: Codec = Codec.FP32
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class Prefix(Part):
+    """What a device applies below the layers that it trains; unchanged for many rounds.
+
+    Without ``adapter`` it is the base model as it is.
+    """
+
+    adapter: BlobRef | None = None
 
 
 class RoundStart(Part):
     """Train this LoRA config on local data, from this global adapter.
 
     With ``factors`` A or B only that LoRA factor is trained and sent; the
-    other is applied as it is.
+    other is applied as it is. With ``prefix`` the adapter holds the trained
+    layers only, and the device may keep what its frozen layers compute; without
+    it the adapter holds every layer, and those that are not trained are applied
+    as they are.
     """
 
     type: Literal["round.start"] = "round.start"
@@ -247,6 +273,7 @@ class RoundStart(Part):
     seed: Count
     recipe: TrainingRecipe
     adapter: BlobRef
+    prefix: Prefix | None = None
     model_digest: Sha256
 
     @field_validator("ranks")

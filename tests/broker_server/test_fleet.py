@@ -165,3 +165,21 @@ def test_what_was_learned_survives_a_reconnect_of_the_same_device() -> None:
     changed = a_birth(capability=a_capability(fingerprint="cd" * 32))
     fleet.born("pi-1", 3, changed, 10.0)
     assert fleet.devices["pi-1"].estimate is None
+
+
+def test_a_device_that_may_not_train_stays_out_and_says_why_until_it_may_again() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 1, a_birth(), 0.0)
+    hot = Heartbeat(sequence=1, not_training="71 C, above 70")
+    assert fleet.heartbeat("pi-1", 1, hot, 1.0) == [Joined("pi-1")]
+    assert fleet.heartbeat("pi-1", 1, hot, 2.0) == []
+    asked = {"model_digest": SHA, "dataset": "reviews", "labels": ()}
+    assert fleet.capacity("pi-1", **asked) == (None, "does not train now: 71 C, above 70")
+    assert fleet.heartbeat("pi-1", 1, Heartbeat(sequence=2), 3.0) == [Joined("pi-1")]
+    assert "does not train" not in fleet.capacity("pi-1", **asked)[1]
+
+
+def test_a_device_may_say_so_as_it_introduces_itself() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 1, a_birth(not_training="on battery"), 0.0)
+    assert fleet.devices["pi-1"].not_training == "on battery"
