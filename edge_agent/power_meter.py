@@ -48,10 +48,9 @@ async def energy_of(
         tasks.start_soon(integrate, name="power")
         try:
             await work()
-        except Exception as error:
-            # Raised in here it would leave the group wrapped.
+        except Exception as error:  # noqa: BLE001  # raised outside of the group, see below
             failure = error
         ended.set()
-    if failure is not None:
+    if failure is not None:  # raised in the group it would leave it wrapped
         raise failure
     return joules
