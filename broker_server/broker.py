@@ -6,15 +6,13 @@ is found by the devices that knew it.
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import json
-import os
 import secrets
-import socket
 import ssl
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -22,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import structlog
 
 from broker_server.broker_address import BrokerAddress, Credentials
+from broker_server.broker_ports import becomes_free, is_free, is_loopback, some_free_port
 from broker_server.broker_process import (
     BrokerProcess,
     check_that_it_answers,
@@ -35,6 +34,17 @@ from broker_server.broker_programs import (
     Listener,
     Mosquitto,
 )
+from broker_server.broker_tls import (
+    RELOADED,
+    MosquittoTls,
+    check_host,
+    check_with_own_certificate,
+    end_session,
+    tls_files,
+)
+from broker_server.pki import FleetPki
+from broker_server.pki_x509 import server_name
+from wire_protocol.durable import write_durably
 from wire_protocol.errors import BrokerUnavailable, ConfigError
 
 log = structlog.get_logger()
@@ -62,9 +72,25 @@ class BrokerLauncher(Protocol):
     def running(self) -> bool:
         """False when the broker was started here and has ended."""
 
+    def apply_certificates(self, revoked: Sequence[str | None]) -> None:
+        """Take its certificate and the list of revoked ones into use.
+
+        Args:
+            revoked: names of clients whose sessions must end; None for one that is not known.
+
+        Raises:
+            BrokerUnavailable: it did not; ask again.
+            ConfigError: it cannot.
+        """
+
 
 def open_broker(
-    choice: str, *, state_dir: Path, host: str = _LOOPBACK, port: int | None = None
+    choice: str,
+    *,
+    state_dir: Path,
+    host: str = _LOOPBACK,
+    port: int | None = None,
+    pki: FleetPki | None = None,
 ) -> BrokerLauncher:
     """Read the broker setting.
 
@@ -73,21 +99,28 @@ def open_broker(
         state_dir: the server's; a broker of ours lives in ``broker`` below it.
         host: where mosquitto listens; the embedded broker is for loopback only.
         port: None takes a free one at the first start and keeps it.
+        pki: with it, every connection is TLS with certificates of the fleet's authority.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: none of these, or one that cannot do TLS as wanted.
     """
     if choice == "embedded":
-        if not _is_loopback(host):
+        if pki is not None:
+            raise ConfigError(
+                "the embedded broker cannot check certificates; with 'pki' set broker.kind to "
+                "mosquitto or external"
+            )
+        if not is_loopback(host):
             raise ConfigError(
                 f"the embedded broker has no access rules and must not listen on {host}; "
                 "use mosquitto for devices on other machines"
             )
         return ChildBroker(EmbeddedBroker(), folder=state_dir / "broker", host=host, port=port)
     if choice == "mosquitto":
-        return ChildBroker(Mosquitto(), folder=state_dir / "broker", host=host, port=port)
+        program = Mosquitto() if pki is None else MosquittoTls(pki)
+        return ChildBroker(program, folder=state_dir / "broker", host=host, port=port, pki=pki)
     if "://" in choice:
-        return ExternalBroker(parse_broker_url(choice))
+        return _external_broker(parse_broker_url(choice), pki)
     raise ConfigError(f"broker {choice!r} is not 'embedded', 'mosquitto' or an mqtt:// URL")
 
 
@@ -115,8 +148,17 @@ def parse_broker_url(url: str) -> BrokerAddress:
         port or (8883 if tls else 1883),
         server_credentials=user,
         tls=tls,
-        loopback_only=_is_loopback(parts.hostname),
+        loopback_only=is_loopback(parts.hostname),
     )
+
+
+def _external_broker(address: BrokerAddress, pki: FleetPki | None) -> ExternalBroker:
+    if pki is None:
+        return ExternalBroker(address)
+    if not address.tls:
+        raise ConfigError("with 'pki' the broker must be reached by TLS; set an mqtts:// URL")
+    with_certificate = replace(address, tls_files=tls_files(pki, "server"))
+    return ExternalBroker(with_certificate, session=server_name(pki.fleet))
 
 
 class ExternalBroker:
@@ -124,16 +166,25 @@ class ExternalBroker:
 
     Args:
         address: where it is.
-        tls: verifies its certificate; None trusts the system's authorities.
+        tls: verifies its certificate; None takes the address's own.
+        session: client id of the server's session, where the broker names clients by certificate
+            and would not let a check have a session of its own.
     """
 
-    def __init__(self, address: BrokerAddress, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        address: BrokerAddress,
+        *,
+        tls: ssl.SSLContext | None = None,
+        session: str | None = None,
+    ) -> None:
         self._address = address
         self._tls = tls or address.ssl_context()
+        self._session = session
 
     def start(self) -> BrokerAddress:
         """Check that it answers."""
-        check_that_it_answers(self._address, tls=self._tls)
+        check_that_it_answers(self._address, tls=self._tls, session=self._session)
         return self._address
 
     def stop(self) -> None:
@@ -144,6 +195,10 @@ class ExternalBroker:
         """Not ours to say; the connection to it tells."""
         return True
 
+    def apply_certificates(self, revoked: Sequence[str | None]) -> None:
+        """Tell people: only whoever runs it can do that."""
+        log.warning("external_broker_must_read_its_certificates_again", revoked=list(revoked))
+
 
 class ChildBroker:
     """A broker that this server runs, and that ends with it.
@@ -153,16 +208,26 @@ class ChildBroker:
         folder: its private files: settings, passwords, log.
         host: where it listens.
         port: None takes a free one at the first start and keeps it.
+        pki: what a program for TLS knows its clients by.
     """
 
     def __init__(
-        self, program: BrokerProgram, *, folder: Path, host: str = _LOOPBACK, port: int | None
+        self,
+        program: BrokerProgram,
+        *,
+        folder: Path,
+        host: str = _LOOPBACK,
+        port: int | None,
+        pki: FleetPki | None = None,
     ) -> None:
         self._program = program
         self._folder = folder
         self._host = host
         self._wanted_port = port
+        self._pki = pki
         self._process = BrokerProcess(folder)
+        # Restarts and revocations come from different threads.
+        self._lock = threading.Lock()
 
     @property
     def running(self) -> bool:
@@ -176,6 +241,36 @@ class ChildBroker:
 
     def start(self) -> BrokerAddress:
         """Start it, or find it running; see ``BrokerLauncher``."""
+        if self._pki is not None:
+            check_host(self._pki, self._own_host)
+        with self._lock:
+            return self._start()
+
+    def stop(self) -> None:
+        """End the child and wait for it."""
+        with self._lock:
+            self._process.stop()
+
+    def apply_certificates(self, revoked: Sequence[str | None]) -> None:
+        """Reload and end sessions; start anew where sessions cannot be ended one by one."""
+        with self._lock:
+            # One that has died reads everything when it is started again.
+            if self._pki is None or not self.running:
+                return
+            reloaded = self._process.reload(RELOADED)
+            names = [name for name in revoked if name is not None]
+            one_by_one = self._pki.can_issue and len(names) == len(revoked)
+            if reloaded and one_by_one:
+                address = self._address(_Kept.load(self._folder / "broker.json"))
+                for name in names:
+                    end_session(self._pki, address, name, time.time())
+            elif revoked or not reloaded:
+                # Everybody has to come back then, and those who may not do not.
+                log.warning("broker_restarts_for_certificates", reloaded=reloaded)
+                self._process.stop()
+                self._start()
+
+    def _start(self) -> BrokerAddress:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept = _Kept.load(self._folder / "broker.json")
         if self._answers(kept):
@@ -192,30 +287,28 @@ class ChildBroker:
             words = self._process.last_words()
             self._process.stop()
             # Between our look and its own bind, another program may take a port.
-            if _is_free(self._host, kept.port):
+            if is_free(self._host, kept.port):
                 break
         raise BrokerUnavailable(f"{self._program.name} ended or hung at its start: {words}")
-
-    def stop(self) -> None:
-        """End the child and wait for it."""
-        self._process.stop()
 
     def _try(self, command: list[str], kept: _Kept) -> bool:
         listener = Listener(self._host, kept.port, (kept.server, kept.device), self._folder)
         for name, text in self._program.files(listener).items():
-            _write_private(self._folder / name, text)
+            write_durably(self._folder / name, text.encode(), site="server.broker_config")
         self._process.start(command)
         return self._answers(kept)
 
     def _answers(self, kept: _Kept) -> bool:
         address = self._address(kept)
+        if self._pki is not None:
+            address = check_with_own_certificate(self._pki, address)
         return wait_until_it_answers(address, still_running=lambda: self._process.running)
 
     def _choose_port(self, kept_port: int) -> int:
         port = self._wanted_port or kept_port
         # Our own port of before: a broker that was killed may hold it a moment longer.
         patience_s = _PORT_PATIENCE_S if port == kept_port else 0.0
-        if port and _becomes_free(self._host, port, patience_s):
+        if port and becomes_free(self._host, port, patience_s):
             return port
         if self._wanted_port is not None:
             raise ConfigError(
@@ -224,15 +317,22 @@ class ChildBroker:
             )
         if kept_port:
             log.warning("broker_port_taken", port=kept_port, host=self._host)
-        return _some_free_port(self._host)
+        return some_free_port(self._host)
+
+    @property
+    def _own_host(self) -> str:
+        return _LOOPBACK if self._host in ("0.0.0.0", "::", "") else self._host  # noqa: S104 - compared
 
     def _address(self, kept: _Kept) -> BrokerAddress:
+        secured = self._pki is not None
         return BrokerAddress(
-            _LOOPBACK if self._host in ("0.0.0.0", "::", "") else self._host,  # noqa: S104 - compared
+            self._own_host,
             kept.port,
-            server_credentials=kept.server,
-            device_credentials=kept.device,
-            loopback_only=_is_loopback(self._host),
+            server_credentials=None if secured else kept.server,
+            device_credentials=None if secured else kept.device,
+            tls=secured,
+            tls_files=None if self._pki is None else tls_files(self._pki, "server"),
+            loopback_only=is_loopback(self._host),
         )
 
 
@@ -274,59 +374,4 @@ class _Kept:
             SERVER_USER: self.server.password,
             DEVICE_USER: self.device.password,
         }
-        _write_private(path, json.dumps(content) + "\n")
-
-
-def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _some_free_port(host: str) -> int:
-    # Below the ports of outgoing connections (32768 and up): a device on this machine that retries
-    # a closed port among those can be given the same one, connect to itself, and so hold it.
-    for _ in range(200):
-        port = 20_000 + secrets.randbelow(10_000)
-        if _is_free(host, port):
-            return port
-    raise ConfigError(f"found no free port on {host} between 20000 and 29999; choose a broker port")
-
-
-def _becomes_free(host: str, port: int, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while not _is_free(host, port):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _is_free(host: str, port: int) -> bool:
-    try:
-        socket.create_server((host, port), family=_family(host)).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return False
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another address"
-        ) from error
-    return True
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+        write_durably(path, (json.dumps(content) + "\n").encode(), site="server.broker_login")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from wire_protocol.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,15 @@ class Credentials:
 
     username: str
     password: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files: the authority to trust, and the certificate and key to present."""
+
+    authority: Path
+    certificate: Path
+    key: Path
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,8 @@ class BrokerAddress:
         server_credentials: for this server; None when the broker asks for none.
         device_credentials: what to hand to devices; None when whoever runs the broker does that.
         tls: the connection is encrypted.
+        tls_files: with TLS, who to trust and what to present; None trusts the system's authorities
+            and presents nothing.
         loopback_only: devices on other machines cannot reach it.
     """
 
@@ -32,6 +46,7 @@ class BrokerAddress:
     server_credentials: Credentials | None = None
     device_credentials: Credentials | None = None
     tls: bool = False
+    tls_files: TlsFiles | None = None
     loopback_only: bool = False
 
     @property
@@ -39,13 +54,22 @@ class BrokerAddress:
         """For people: without user and password."""
         return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
 
-    def ssl_context(self, ca_file: str | None = None) -> ssl.SSLContext | None:
-        """What verifies the broker's certificate; None without TLS.
-
-        Args:
-            ca_file: PEM file of the authority that signed it; None trusts the system's.
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """What verifies the broker's certificate and presents ours; None without TLS.
 
         Raises:
-            OSError: the file cannot be read.
+            ConfigError: a file is missing or damaged.
         """
-        return ssl.create_default_context(cafile=ca_file) if self.tls else None
+        if not self.tls:
+            return None
+        files = self.tls_files
+        if files is None:
+            return ssl.create_default_context()
+        try:
+            context = ssl.create_default_context(cafile=str(files.authority))
+            context.load_cert_chain(files.certificate, files.key)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(
+                f"cannot connect with {files.certificate}, its key and {files.authority}: {error}"
+            ) from error
+        return context

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def main(arguments: list[str]) -> int:
     Returns:
         The broker's exit code.
     """
+    # A connection is an open file; most systems allow 1024 until a program asks for more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if arguments[0] == "embedded":
         return _run_embedded(arguments[1])
     return _run_program(arguments[1:])
@@ -52,6 +56,8 @@ def _run_embedded(config: str) -> int:
 
 def _run_program(command: list[str]) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
+    # Until there is a broker to read its files again, the request to do so must not end us.
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     # Should this process be killed as well, the kernel ends the broker.
     with subprocess.Popen(
         command,
@@ -59,6 +65,7 @@ def _run_program(command: list[str]) -> int:
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 - no threads yet
     ) as broker:
         signal.signal(signal.SIGTERM, lambda _number, _frame: broker.terminate())
+        signal.signal(signal.SIGHUP, lambda _number, _frame: broker.send_signal(signal.SIGHUP))
         _when_the_server_is_gone(lambda: _end(broker))
         return broker.wait()
 

@@ -5,6 +5,7 @@ Knows processes, pid files and CONNECT; not which broker it is.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from paho.mqtt.client import Client
@@ -25,6 +27,9 @@ from wire_protocol.errors import BrokerUnavailable, ConfigError
 _CHILD = Path(__file__).with_name("broker_child.py")
 _POLL_S = 0.02
 _STOP_S = 8.0
+_RELOAD_S = 10.0
+_ASK_AGAIN_S = 2.0
+_LARGEST_LOG_BYTES = 8 * 1024 * 1024
 
 
 class BrokerProcess:
@@ -36,6 +41,7 @@ class BrokerProcess:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._log = folder / "broker.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +56,9 @@ class BrokerProcess:
 
     def start(self, arguments: list[str]) -> None:
         """Start the child with arguments for ``broker_child.py``; does not wait for it."""
-        with (self._folder / "broker.log").open("wb") as output:
+        # Appending: whoever shortens the file while the broker writes leaves no hole in it.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        with os.fdopen(os.open(self._log, flags, 0o600), "wb") as output:
             self._process = subprocess.Popen(
                 # Isolated: a folder named iotcore in the working directory must not be imported.
                 [sys.executable, "-I", str(_CHILD), *arguments],
@@ -76,10 +84,42 @@ class BrokerProcess:
             process.wait()
         (self._folder / "pid").unlink(missing_ok=True)
 
+    def reload(self, confirmation: str) -> bool:
+        """Ask a broker program to read its files again, and wait until it says that it does.
+
+        Args:
+            confirmation: what it writes then. A broker with one thread has read the files
+                before it answers anybody who connects after that.
+
+        Returns:
+            False when it does not run or said nothing in time.
+        """
+        self._shorten_log()
+        before = self._said(confirmation)
+        deadline = time.monotonic() + _RELOAD_S
+        asked_at = -math.inf
+        while (pid := self.pid) is not None and time.monotonic() < deadline:
+            if self._said(confirmation) > before:
+                return True
+            # More than once: the first may come before the child listens.
+            if time.monotonic() - asked_at >= _ASK_AGAIN_S:
+                os.kill(pid, signal.SIGHUP)
+                asked_at = time.monotonic()
+            time.sleep(_POLL_S)
+        return False
+
+    def _said(self, text: str) -> int:
+        return self._log.read_bytes().count(text.encode()) if self._log.exists() else 0
+
+    def _shorten_log(self) -> None:
+        with suppress(OSError):
+            if self._log.stat().st_size > _LARGEST_LOG_BYTES:
+                os.truncate(self._log, 0)
+
     def last_words(self) -> str:
         """The last line that the broker wrote, for an error message."""
         try:
-            text = (self._folder / "broker.log").read_text(errors="replace")
+            text = self._log.read_text(errors="replace")
         except OSError:
             return "it wrote nothing"
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -148,9 +188,19 @@ def _answers(address: BrokerAddress) -> bool:
 
 
 def check_that_it_answers(
-    address: BrokerAddress, *, tls: ssl.SSLContext | None = None, timeout_s: float = 10.0
+    address: BrokerAddress,
+    *,
+    tls: ssl.SSLContext | None = None,
+    session: str | None = None,
+    timeout_s: float = 10.0,
 ) -> None:
-    """Connect as the server, with a session of its own, and leave again.
+    """Connect as the server and leave again.
+
+    Args:
+        address: where, and with what to get in.
+        tls: None takes the address's own.
+        session: client id of a session to leave as it is; None: one that ends with this.
+        timeout_s: how long to wait for each step.
 
     Raises:
         BrokerUnavailable: nothing answers there, or it closes the connection.
@@ -159,14 +209,18 @@ def check_that_it_answers(
     answers: list[ReasonCode] = []
     client = Client(
         CallbackAPIVersion.VERSION2,
-        client_id=f"legend-check-{secrets.token_hex(6)}",
+        client_id=session or f"legend-check-{secrets.token_hex(6)}",
+        clean_session=session is None,
         reconnect_on_failure=False,
+        # What the session holds is for whoever it belongs to.
+        manual_ack=True,
     )
     client.connect_timeout = timeout_s
     client.on_connect = lambda _client, _data, _flags, reason, _properties: answers.append(reason)
     if address.server_credentials is not None:
         user = address.server_credentials
         client.username_pw_set(user.username, user.password)
+    tls = tls or address.ssl_context()
     if tls is not None:
         client.tls_set_context(tls)
     try:
@@ -178,13 +232,13 @@ def check_that_it_answers(
         if client.loop(timeout=0.1) != MQTTErrorCode.MQTT_ERR_SUCCESS:
             break
     client.disconnect()
+    credentials = "this server's certificate" if address.tls_files else "its user and password"
     if not answers:
         raise BrokerUnavailable(
             f"{address.url} closed the connection without an answer; "
-            "check that it is an MQTT broker, and its user and password"
+            f"check that it is an MQTT broker, and {credentials}"
         )
     if answers[0].is_failure:
         raise ConfigError(
-            f"the broker at {address.url} refuses this server: {answers[0]}; "
-            "check user and password"
+            f"the broker at {address.url} refuses this server: {answers[0]}; check {credentials}"
         )

@@ -123,6 +123,40 @@ listener {listener.port} {listener.host}
 allow_anonymous false
 password_file {folder / "passwords"}
 acl_file {folder / "acl"}
+log_type error
+log_type warning
+connection_messages false
+{mosquitto_limits(folder)}"""
+        passwords = "".join(
+            f"{user.username}:{_password_hash(user.password)}\n" for user in listener.users
+        )
+        return {"mosquitto.conf": text, "passwords": passwords, "acl": _access_rules()}
+
+    def command(self, folder: Path) -> list[str]:
+        """Start the installed program."""
+        return mosquitto_command(folder)
+
+
+def mosquitto_command(folder: Path) -> list[str]:
+    """Start the installed program with the folder's configuration.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    # Debian installs it where only root's PATH looks.
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    executable = shutil.which("mosquitto", path=path)
+    if executable is None:
+        raise ConfigError(
+            "mosquitto is not installed: apt install mosquitto (Debian package 'mosquitto'), "
+            "or use the embedded broker"
+        )
+    return ["program", executable, "-c", str(folder / "mosquitto.conf")]
+
+
+def mosquitto_limits(folder: Path) -> str:
+    """The settings that do not depend on how clients prove who they are."""
+    return f"""\
 set_tcp_nodelay true
 max_inflight_messages 20
 max_queued_messages 100000
@@ -135,26 +169,7 @@ persistent_client_expiration 14d
 max_keepalive 300
 sys_interval 30
 log_dest stderr
-log_type error
-log_type warning
-connection_messages false
 {_stay_this_user()}"""
-        passwords = "".join(
-            f"{user.username}:{_password_hash(user.password)}\n" for user in listener.users
-        )
-        return {"mosquitto.conf": text, "passwords": passwords, "acl": _access_rules()}
-
-    def command(self, folder: Path) -> list[str]:
-        """Start the installed program."""
-        # Debian installs it where only root's PATH looks.
-        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-        executable = shutil.which("mosquitto", path=path)
-        if executable is None:
-            raise ConfigError(
-                "mosquitto is not installed: apt install mosquitto (Debian package 'mosquitto'), "
-                "or use the embedded broker"
-            )
-        return ["program", executable, "-c", str(folder / "mosquitto.conf")]
 
 
 def _stay_this_user() -> str:

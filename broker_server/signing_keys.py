@@ -4,8 +4,10 @@ The operator key says which server key speaks for the fleet; devices know the op
 lie elsewhere: the server only needs the statement that it signed. On a server without one, both
 are made at the first start.
 
-    <folder>/operator.key   seed of the operator key, hex; may be kept elsewhere
-    <folder>/server.json    seed and number of the server's key, and the operator's statement
+    <folder>/operator.key          seed of the operator key, hex; may be kept elsewhere
+    <folder>/server-signing.json   seed of the server's key, and the operator's statement
+
+In a fleet with certificates the folder is that of its authority, which made the operator key.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from wire_protocol.signed import (
 )
 
 OPERATOR_KEY = "operator.key"
-SERVER_KEY = "server.json"
+OPERATOR_PUBLIC_KEY = "operator.pub"
+SERVER_KEY = "server-signing.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def load_or_make(folder: Path, fleet: str) -> SigningKeys:
     if (folder / SERVER_KEY).exists():
         return _load(folder / SERVER_KEY, fleet)
     if not (folder / OPERATOR_KEY).exists():
+        if (folder / OPERATOR_PUBLIC_KEY).exists():
+            raise ConfigError(
+                f"{folder} has no signing key yet and the operator key is kept elsewhere; make one "
+                "with it: broker-server signing-key renew --operator-key FILE"
+            )
         _write_secret(folder / OPERATOR_KEY, new_seed(secrets.token_bytes).hex())
     return renew(folder, fleet, operator_key_file=folder / OPERATOR_KEY)
 

@@ -1,4 +1,4 @@
-"""TLS with the fleet's own authority: what the agent presents, whom it believes, what its errors mean.
+"""TLS with the fleet's own authority: what is presented, who is believed, what errors mean.
 
 Chain and host name are always checked. So is time, except where it is this device's clock that must
 be wrong: nobody issues a certificate for the future, so "not yet valid" means that the clock is
@@ -34,7 +34,7 @@ _ALERTS = {
     "BAD_CERTIFICATE": "this device's certificate is not accepted",
     "CERTIFICATE_UNKNOWN": "this device's certificate is not accepted",
 }
-_ENROL = "enrol this device again: edge-agent enroll --again --url URL --token TOKEN"
+_ENROL = "enrol this device: edge-agent enroll --again --url URL --token TOKEN"
 
 
 class FleetContext(ssl.SSLContext):
@@ -85,7 +85,7 @@ class FleetContext(ssl.SSLContext):
 
 
 class _FleetSocket(ssl.SSLSocket):
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT002 - the parent's signature
+    def do_handshake(self, block: bool = False) -> None:
         _handshake(self, lambda: super(_FleetSocket, self).do_handshake(block))
 
 
@@ -204,7 +204,9 @@ def _server_not_believed(error: ssl.SSLCertVerificationError) -> str:
         )
     if code == _NOT_YET_VALID:
         return "this device's clock is behind; set it, e.g. with NTP"
-    return f"the server's certificate is not of the authority in ca.pem; check the URL, or {_ENROL}"
+    return (
+        f"the server's certificate is of an authority that is not believed; check it, or {_ENROL}"
+    )
 
 
 def _not_believed_by_server(error: ssl.SSLError) -> str:

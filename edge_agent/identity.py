@@ -21,6 +21,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import write_durably
 from edge_agent.x509 import Certificate, read_certificate, read_private_key
 from wire_protocol.errors import ConfigError, ProtocolError
+from wire_protocol.signed import Signer
 
 KEY, CERTIFICATE, AUTHORITY, OPERATOR = "device.key", "device.pem", "ca.pem", "operator.pub"
 _ENROL_AGAIN = "edge-agent enroll --again --url URL --token TOKEN"
@@ -49,6 +50,14 @@ class Identity:
         """The common name of the certificate."""
         return self.certificate.common_name
 
+    def sign(self, data: bytes) -> bytes:
+        """Sign a message as this device; its certificate goes with it.
+
+        Raises:
+            ProtocolError: it becomes too large.
+        """
+        return Signer(self.seed, ssl.DER_cert_to_PEM_cert(self.certificate.der)).sign(data)
+
     def install(self, pem: str) -> None:
         """Take in a renewed certificate for the same key; connections from now on present it.
 
@@ -64,13 +73,13 @@ class Identity:
             return
         trial = self.folder / f".{CERTIFICATE}.trial"
         try:
-            write_durably(trial, pem.encode())
+            write_durably(trial, pem.encode(), site="agent.certificate_trial")
             check_chain(trial, self.folder / KEY, self.folder / AUTHORITY)
         except ssl.SSLError as error:
             raise ProtocolError("the new certificate is not of this fleet's authority") from error
         finally:
             trial.unlink(missing_ok=True)
-        write_durably(self.folder / CERTIFICATE, pem.encode())
+        write_durably(self.folder / CERTIFICATE, pem.encode(), site="agent.certificate")
         self.certificate = fresh
         self.context.certain_s = float(fresh.not_before)
         self.context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
@@ -131,6 +140,11 @@ def load_identity(folder: Path, *, device_id: str, now: float) -> Identity:
             f"{_day(now)}; correct the clock if it is wrong, else enrol again: {_ENROL_AGAIN}"
         )
     return Identity(folder, certificate, seed, _operator_key(folder), _context(folder, certificate))
+
+
+def tls_of(identity: Identity | None) -> FleetContext | None:
+    """What https connections to the server use; None trusts the system's authorities."""
+    return identity.context if identity else None
 
 
 def remaining_s(certificate: Certificate, now: float) -> float:

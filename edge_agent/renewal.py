@@ -63,9 +63,7 @@ class Renewal:
         vain: what is lost is one small message.
         """
         certificate = self.identity.certificate
-        due = renewal_due(
-            certificate.not_before, certificate.not_after, self.now(wall, monotonic)
-        )
+        due = renewal_due(certificate.not_before, certificate.not_after, self.now(wall, monotonic))
         if not due or monotonic < self._ask_at:
             return None
         self._ask_at = monotonic + self._rng.uniform(0.5, 1.5) * ASK_AGAIN_S

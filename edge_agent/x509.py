@@ -1,8 +1,8 @@
 """The little of X.509 that a device needs: its own key, its own certificate, a request for one.
 
-Written out because the usual library takes 8 MB of a small board's memory for it. It reads what this
-fleet's authority issues and writes one kind of request; the bytes are checked against that library
-in the tests. Trust is never decided here: chains and signatures are OpenSSL's business.
+Written out because the usual library takes 8 MB of a small board's memory for it. It reads what
+this fleet's authority issues and writes one kind of request; the bytes are checked against that
+library in the tests. Trust is never decided here: chains and signatures are OpenSSL's business.
 
 Knows bytes; no files, no clock.
 """
@@ -15,6 +15,8 @@ from calendar import timegm
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+
+from nacl.signing import SigningKey
 
 _INTEGER, _BIT_STRING, _OID, _UTF8 = 0x02, 0x03, 0x06, 0x0C
 _SEQUENCE, _SET, _CONTEXT_0 = 0x30, 0x31, 0xA0
@@ -106,8 +108,6 @@ def private_key_pem(seed: bytes) -> str:
 
 def public_key_of(seed: bytes) -> bytes:
     """The 32 public bytes that belong to a key."""
-    from nacl.signing import SigningKey  # noqa: PLC0415 - only devices with an identity load it
-
     return bytes(SigningKey(seed).verify_key)
 
 
@@ -118,8 +118,6 @@ def certificate_request(seed: bytes, common_name: str) -> str:
 
     Source: RFC 2986 (PKCS #10), RFC 8410 (Ed25519).
     """
-    from nacl.signing import SigningKey  # noqa: PLC0415 - only devices with an identity load it
-
     name = _tlv(_SEQUENCE, _tlv(_OID, _COMMON_NAME) + _tlv(_UTF8, common_name.encode()))
     asked = _tlv(
         _SEQUENCE,
