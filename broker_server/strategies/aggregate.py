@@ -106,15 +106,25 @@ class HolderMean:
             ProtocolError: a name, shape, value or factor outside what was asked
                 for, a weight that is not positive, no step, or a device added before.
         """
-        self._check.admit(device_id, update, weight=weight, steps=steps)
-        factor = 1.0 if self._uniform else float(weight)
-        share = factor * steps if self._by_steps else factor
-        self._most_steps = max(self._most_steps, steps if self._by_steps else 1)
+        factor, counted_steps = self.admit(device_id, update, weight=weight, steps=steps)
+        share = factor * counted_steps
+        self._most_steps = max(self._most_steps, counted_steps)
         for name, delta in update.items():
             held = tuple(slice(size) for size in delta.shape)
             self._sums[name][held] += np.multiply(delta, factor, dtype=np.float64)
             # Axes of length 1 broadcast: slicing them by a longer delta is harmless.
             self._weights[name][held] += share
+
+    def admit(
+        self, device_id: str, update: Adapter, *, weight: float, steps: int
+    ) -> tuple[float, int]:
+        """Check an update without adding it; how it counts: its p_i, and its steps or 1.
+
+        Raises:
+            ProtocolError: see ``add``.
+        """
+        self._check.admit(device_id, update, weight=weight, steps=steps)
+        return 1.0 if self._uniform else float(weight), steps if self._by_steps else 1
 
     def result(self) -> dict[str, NDArray[np.float32]]:
         """The new global adapter, with the names and shapes of the old one."""
@@ -123,8 +133,20 @@ class HolderMean:
             weight = self._weights[name]
             mean = np.zeros(old.shape)
             np.divide(self._sums[name] * self._most_steps, weight, out=mean, where=weight > 0)
-            new[name] = self._step.moved(name, old, mean, weight > 0).astype(np.float32)
+            new[name] = self.follow(name, mean, weight > 0)
         return new
+
+    def follow(
+        self, name: str, mean: NDArray[np.float64], held: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """The new tensor, given the mean of its updates, however that was found.
+
+        Args:
+            name: of the tensor.
+            mean: zero where nobody held a row.
+            held: rows with a holder, broadcastable against the tensor.
+        """
+        return self._step.moved(name, self._old[name], mean, held).astype(np.float32)
 
 
 def _row_weights(name: str, old: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -15,6 +15,24 @@ RESET_FACTOR = 2.0
 
 DEFAULT_RHO = 0.7
 
+FASTER_MAX = 10.0
+"""Times faster than its board's full speed that a device is believed to be."""
+
+SLOWER_MAX = 100.0
+"""Times slower; much, because power modes, heat and imitated boards all slow down."""
+
+MEMORY_MAX = 1.25
+"""Times its board's memory that a device may claim; variants of a board differ by less."""
+
+OBSERVED_SLACK_S = 30.0
+"""Resends and a lost connection make a round longer than its work, by about this."""
+
+OBSERVED_FACTOR = 10.0
+"""A round may have taken this many times what the device says, beside the slack."""
+
+ROUNDING = 1.1
+"""Clocks of two machines over one round differ by less."""
+
 
 @dataclass(frozen=True)
 class CapacityEstimate:
@@ -54,6 +72,8 @@ class RoundTimes:
         tokens: tokens of all local steps together.
         depth: trained layers.
         downloaded_bytes: 0 when the adapter was already there.
+        forward_token_layers: pairs that the forward passes computed; None for
+            every token in every layer.
     """
 
     tokens: int
@@ -65,6 +85,7 @@ class RoundTimes:
     download_s: float
     uploaded_bytes: int
     upload_s: float
+    forward_token_layers: int | None = None
 
     def measurement(self) -> CapacityEstimate:
         """The rates in these times; None for what did not happen.
@@ -72,12 +93,78 @@ class RoundTimes:
         Source: arXiv:2412.20004, capacity estimation; per token by us, so
         that estimates hold for any batch size and sequence length.
         """
+        forward = self.forward_token_layers or self.tokens * self.layer_count
         return CapacityEstimate(
-            forward_s_per_token_layer=_ratio(self.forward_s, self.tokens * self.layer_count),
+            forward_s_per_token_layer=_ratio(self.forward_s, forward),
             backward_s_per_token_layer=_ratio(self.backward_s, self.tokens * self.depth),
             up_bytes_per_s=_ratio(self.uploaded_bytes, self.upload_s),
             down_bytes_per_s=_ratio(self.downloaded_bytes, self.download_s),
         )
+
+
+@dataclass(frozen=True)
+class BoardBounds:
+    """What the board of a device can do, by its profile.
+
+    Attributes:
+        s_per_token_layer: at full speed, forward or backward.
+        memory_bytes: all there is.
+    """
+
+    s_per_token_layer: float
+    memory_bytes: float
+
+
+def believed(
+    capacity: DeviceCapacity, board: BoardBounds
+) -> tuple[DeviceCapacity, tuple[str, ...]]:
+    """Hold what a device says of itself against its board.
+
+    Whoever claims to be much slower would set the pace of all; whoever claims to be
+    much faster would be given what it cannot do.
+
+    Args:
+        capacity: as reported, or averaged over rounds.
+        board: of the device; for boards whose speed is known.
+
+    Returns:
+        The capacity with the nearest believable value where one was not, and one
+        line per such value.
+    """
+    low, high = board.s_per_token_layer / FASTER_MAX, board.s_per_token_layer * SLOWER_MAX
+    moved: dict[str, float] = {}
+    doubts: list[str] = []
+    for name in ("forward_s_per_token_layer", "backward_s_per_token_layer"):
+        value = getattr(capacity, name)
+        if low <= value <= high:
+            continue
+        moved[name] = min(max(value, low), high)
+        factor = board.s_per_token_layer / value
+        words = f"{factor:.0f} times faster" if factor > 1 else f"{1 / factor:.0f} times slower"
+        doubts.append(f"its {name.partition('_')[0]} pass is {words} than its board")
+    if capacity.memory_budget_bytes > board.memory_bytes * MEMORY_MAX:
+        factor = capacity.memory_budget_bytes / board.memory_bytes
+        moved["memory_budget_bytes"] = board.memory_bytes
+        doubts.append(f"it claims {factor:.0f} times the memory of its board")
+    return replace(capacity, **moved), tuple(doubts)  # type: ignore[arg-type]
+
+
+def scale_to_observed(claimed_s: float, observed_s: float) -> float:
+    """What to multiply a device's times of a round by, so that they can be true.
+
+    Args:
+        claimed_s: download, training and upload together, as the device timed them.
+        observed_s: from sending the assignment to the update's arrival, at the server.
+
+    Returns:
+        1 where they can be: shorter than what was observed, and not by an order of
+        magnitude beside the slack that resends and lost connections need.
+    """
+    if not math.isfinite(observed_s) or observed_s <= 0 or claimed_s <= 0:
+        return 1.0
+    too_long = claimed_s > observed_s * ROUNDING + 1.0
+    too_short = observed_s > claimed_s * OBSERVED_FACTOR + OBSERVED_SLACK_S
+    return observed_s / claimed_s if too_long or too_short else 1.0
 
 
 def observe(

@@ -24,14 +24,48 @@ def upload_bytes(
     return (np.cumsum(per_layer[::-1]) + shape.head_values) * shape.bytes_per_value_up
 
 
-def download_bytes(shape: RunShape, ranks: Sequence[int]) -> float:
-    """Bytes of the global adapter, which every device loads whole.
+def download_bytes(
+    shape: RunShape, devices: Sequence[DeviceCapacity], ranks: Sequence[int]
+) -> NDArray[np.float64]:
+    """Bytes that devices load at depth 1..L, (n, L).
 
-    Layers below a device's depth are applied frozen: its features are those
-    of the deeper devices, at the price of a download that depth does not shrink.
+    With a synced prefix the whole global adapter: layers below a device's depth
+    are applied frozen, so its features are those of the deeper devices, at the
+    price of a download that depth does not shrink. With a kept one the trained
+    layers, and once the snapshot of the others if there is one.
     """
-    values = sum(size * rank for size, rank in zip(shape.values_per_rank, ranks, strict=True))
-    return (values + shape.head_values) * shape.bytes_per_value_down
+    per_layer = np.array(shape.values_per_rank, dtype=np.float64) * np.array(ranks)
+    top = np.cumsum(per_layer[::-1]) + shape.head_values
+    whole = np.broadcast_to(top[-1], (len(devices), shape.layer_count))
+    if shape.prefix.is_kept:
+        cold = _column(devices, "warm_depth") == 0
+        whole = np.where(cold & (shape.prefix.mode == "periodic"), whole, top)
+    return whole * shape.bytes_per_value_down
+
+
+def prefix_layers(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
+    """Frozen layers that a visit of an example computes on average, depth 1..L, (n, L).
+
+    All L - k without a cache. With one, an example is computed on its first visit
+    only, and what the device has cached for a deeper training begins there:
+
+        (u / v) ((1 - c / n) (L - k) + (c / n) (k_warm - k))
+
+    for v visits to n examples in a round, u = min(n, v) first ones, c of them cached.
+    """
+    depth = np.arange(1, shape.layer_count + 1, dtype=np.float64)
+    frozen = np.broadcast_to(shape.layer_count - depth, (len(devices), shape.layer_count))
+    if not shape.prefix.is_kept:
+        return frozen
+    examples = np.maximum(_column(devices, "examples"), 1.0)
+    visits = float(shape.steps * shape.batch_size)
+    warm_depth = _column(devices, "warm_depth")
+    held = np.minimum(_column(devices, "warm_examples") / examples, 1.0)
+    held = np.where(depth <= warm_depth, held, 0.0)
+    first = np.minimum(examples, visits) / visits
+    between = np.maximum(warm_depth - depth, 0.0)
+    saved: NDArray[np.float64] = first * ((1.0 - held) * frozen + held * between)
+    return saved
 
 
 def completion_s(
@@ -44,8 +78,8 @@ def completion_s(
 ) -> NDArray[np.float64]:
     """Seconds from assignment to update for every device and depth, (n, L).
 
-    t_i(k) = round trip + down bytes / down rate
-           + steps * tokens * (F_i L + mu_i k) + up bytes(k) / up rate     (1)
+    t_i(k) = round trip + down bytes(k) / down rate
+           + steps * tokens * (F_i (k + frozen(k)) + mu_i k) + up bytes(k) / up rate   (1)
 
     Strictly increasing along a row, because every trained layer costs time.
 
@@ -58,7 +92,8 @@ def completion_s(
 
     Source: arXiv:2412.20004, eq. 1 as reconstructed; per token and byte by us.
     """
-    down_bytes = download_bytes(shape, ranks if global_ranks is None else global_ranks)
+    loaded = ranks if global_ranks is None else global_ranks
+    down_bytes = download_bytes(shape, devices, loaded)
     exchange = _column(devices, "round_trip_s") + down_bytes / _column(devices, "down_bytes_per_s")
     up_bytes = upload_bytes(shape, ranks, factors=factors)
     work = shape.steps * step_s(shape, devices)
@@ -66,9 +101,13 @@ def completion_s(
 
 
 def step_s(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
-    """Seconds of one local step for every device and depth, (n, L): T (F_i L + mu_i k)."""
+    """Seconds of one local step for every device and depth, (n, L).
+
+    T (F_i (k + frozen(k)) + mu_i k); see ``prefix_layers``.
+    """
     depth = np.arange(1, shape.layer_count + 1)
-    forward = shape.layer_count * _column(devices, "forward_s_per_token_layer")
+    layers = depth + prefix_layers(shape, devices)
+    forward = layers * _column(devices, "forward_s_per_token_layer")
     backward = _column(devices, "backward_s_per_token_layer") * depth
     return shape.tokens_per_step * (forward + backward)
 

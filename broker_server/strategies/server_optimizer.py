@@ -68,12 +68,12 @@ class ServerOptimizer:
         """See ``ServerStep.moved``."""
         first = self._first.get(name, np.zeros(old.shape))
         fresh = mean if self._kind == "momentum" else (1 - self._momentum) * mean
-        first = np.where(held, self._momentum * first + fresh, first)
+        first = _as_stored(np.where(held, self._momentum * first + fresh, first))
         self._first[name] = first
         direction = first
         if self._kind != "momentum":
             second = self._second.get(name, np.full(old.shape, self._tau**2))
-            second = np.where(held, self._squares(second, mean**2), second)
+            second = _as_stored(np.where(held, self._squares(second, mean**2), second))
             self._second[name] = second
             direction = first / (np.sqrt(second) + self._tau)
         return np.where(held, old + self._learning_rate * direction, old)
@@ -100,6 +100,11 @@ class ServerOptimizer:
         if self._kind == "adam":
             return self._decay * second + (1 - self._decay) * square
         return second - (1 - self._decay) * square * np.sign(second - square)
+
+
+def _as_stored(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Only what ``state`` can say: a run that was resumed then goes on to the same last bit."""
+    return moments.astype(np.float32).astype(np.float64)
 
 
 def server_optimizer(

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_server.strategies.prefix import SYNCED, PrefixRule
 from wire_protocol.lora import LoraConfig
 
 Adapter = Mapping[str, NDArray[np.float32]]
@@ -35,6 +36,9 @@ class DeviceCapacity:
         memory_bytes_per_token_layer: activations kept per token and trained layer.
         memory_budget_bytes: M_i, what training may use.
         examples: size of the local dataset of this run.
+        warm_depth: deepest training whose frozen layers' output the device has
+            cached; 0 for none.
+        warm_examples: that are cached.
 
     Raises:
         ValueError: a speed that is not positive, or a value that is negative
@@ -54,6 +58,8 @@ class DeviceCapacity:
     memory_bytes_per_token_layer: float
     memory_budget_bytes: float
     examples: int
+    warm_depth: int = 0
+    warm_examples: int = 0
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -89,6 +95,9 @@ class RunShape:
         bytes_per_value_down: the same for the global adapter.
         b_share: share of ``values_per_rank`` that is lora_B; one half for
             square modules.
+        batch_size: examples of a local step; used with a kept prefix only.
+        prefix: whether devices keep the output of their frozen layers and load
+            the trained layers only.
 
     Raises:
         ValueError: a count that is not positive, not one entry per layer, or
@@ -104,6 +113,8 @@ class RunShape:
     bytes_per_value_up: float
     bytes_per_value_down: float
     b_share: float = 0.5
+    batch_size: int = 1
+    prefix: PrefixRule = SYNCED
 
     def __post_init__(self) -> None:
         if self.layer_count < 1 or len(self.values_per_rank) != self.layer_count:

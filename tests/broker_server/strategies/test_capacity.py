@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker_server.strategies import CapacityEstimate, RoundTimes, device_capacity, observe
+from broker_server.strategies.capacity import BoardBounds, believed, scale_to_observed
+from tests.support.capacities import device
 
 POSITIVE = st.floats(1e-9, 1e9)
 
@@ -121,3 +124,58 @@ def test_a_measured_device_has_a_capacity() -> None:
     assert capacity.memory_bytes_per_token_layer == 8.0
     assert capacity.memory_budget_bytes == 9.0
     assert capacity.examples == 10
+
+
+BOARD = BoardBounds(s_per_token_layer=1e-4, memory_bytes=8e9)
+
+
+@given(st.floats(1e-12, 1e3), st.floats(0, 1e15))
+def test_what_is_believed_is_never_orders_of_magnitude_from_the_board(
+    seconds: float, memory: float
+) -> None:
+    claimed = replace(
+        device("d", memory_budget_bytes=memory),
+        forward_s_per_token_layer=seconds,
+        backward_s_per_token_layer=seconds,
+    )
+
+    capacity, doubts = believed(claimed, BOARD)
+
+    assert 1e-5 <= capacity.forward_s_per_token_layer <= 1e-2
+    assert capacity.memory_budget_bytes <= 1e10
+    assert (capacity == claimed) is (doubts == ())
+    assert believed(capacity, BOARD) == (capacity, ())
+
+
+def test_a_doubt_says_what_was_claimed() -> None:
+    claimed = replace(
+        device("d", memory_budget_bytes=64e9),
+        forward_s_per_token_layer=1e-8,
+        backward_s_per_token_layer=1.0,
+    )
+
+    _, doubts = believed(claimed, BOARD)
+
+    assert doubts == (
+        "its forward pass is 10000 times faster than its board",
+        "its backward pass is 10000 times slower than its board",
+        "it claims 8 times the memory of its board",
+    )
+
+
+@pytest.mark.parametrize(
+    ("claimed_s", "observed_s", "scale"),
+    [
+        (10.0, 11.0, 1.0),
+        (10.0, 9.5, 1.0),  # clocks differ
+        (10.0, 100.0, 1.0),  # a lost connection
+        (100.0, 10.0, 0.1),  # longer than it took
+        (0.01, 300.0, 30_000.0),  # a thousandth of what it took
+        (0.0, 5.0, 1.0),
+        (5.0, math.inf, 1.0),
+    ],
+)
+def test_times_that_cannot_be_true_are_those_that_were_observed(
+    claimed_s: float, observed_s: float, scale: float
+) -> None:
+    assert scale_to_observed(claimed_s, observed_s) == pytest.approx(scale)

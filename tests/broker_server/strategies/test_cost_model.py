@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from broker_server.strategies import DeviceCapacity, RunShape
 from broker_server.strategies.cost_model import (
@@ -12,8 +13,10 @@ from broker_server.strategies.cost_model import (
     download_bytes,
     mean_waiting_s,
     memory_bytes,
+    prefix_layers,
     upload_bytes,
 )
+from broker_server.strategies.prefix import PrefixMode, PrefixRule
 from tests.support.capacities import SIX_LAYERS, device, fleets, shapes
 
 RANKS = (4, 5, 6, 7, 8, 9)
@@ -42,7 +45,8 @@ def test_completion_times_agree_with_equation_one(
 
 def test_an_update_holds_the_top_layers_and_the_head() -> None:
     assert upload_bytes(SIX_LAYERS, RANKS)[1] == 4 * (1536 * (8 + 9) + 770)
-    assert upload_bytes(SIX_LAYERS, RANKS)[-1] == download_bytes(SIX_LAYERS, RANKS)
+    loaded = download_bytes(SIX_LAYERS, [device("a")], RANKS)
+    assert (loaded == upload_bytes(SIX_LAYERS, RANKS)[-1]).all()
 
 
 def test_a_smaller_codec_sends_fewer_bytes() -> None:
@@ -72,3 +76,48 @@ def test_a_device_that_never_finishes_cannot_be_built() -> None:
 def test_a_run_needs_one_size_per_layer() -> None:
     with pytest.raises(ValueError, match="5 sizes for 6 layers"):
         dataclasses.replace(SIX_LAYERS, values_per_rank=(1536,) * 5)
+
+
+def kept(shape: RunShape, mode: PrefixMode = "pretrained") -> RunShape:
+    return dataclasses.replace(shape, prefix=PrefixRule(mode), batch_size=8)
+
+
+def test_with_a_kept_prefix_a_device_loads_what_it_trains() -> None:
+    loaded = download_bytes(kept(SIX_LAYERS), [device("a")], RANKS)
+    np.testing.assert_allclose(loaded[0], upload_bytes(SIX_LAYERS, RANKS))
+
+
+def test_a_snapshot_is_loaded_once() -> None:
+    shape = kept(SIX_LAYERS, "periodic")
+    cold, warm = device("a"), dataclasses.replace(device("a"), warm_depth=3, warm_examples=1)
+    loaded = download_bytes(shape, [cold, warm], RANKS)
+    np.testing.assert_allclose(loaded[0], download_bytes(SIX_LAYERS, [cold], RANKS)[0])
+    np.testing.assert_allclose(loaded[1], upload_bytes(SIX_LAYERS, RANKS))
+
+
+def test_frozen_layers_run_on_first_visits_only() -> None:
+    shape = kept(SIX_LAYERS)
+    visits = shape.steps * shape.batch_size
+    cold = dataclasses.replace(device("a"), examples=visits // 2)
+    warm = dataclasses.replace(cold, warm_depth=3, warm_examples=visits // 2)
+    layers = prefix_layers(shape, [cold, warm])
+    np.testing.assert_allclose(layers[0], 0.5 * np.array([5, 4, 3, 2, 1, 0]))
+    # Above the cached boundary one or two layers run once; below it all of them.
+    np.testing.assert_allclose(layers[1], 0.5 * np.array([2, 1, 0, 2, 1, 0]))
+
+
+@given(shapes(), fleets(), st.integers(0, 12), st.integers(0, 500))
+def test_depth_costs_time_whatever_is_cached(
+    shape: RunShape, fleet: list[DeviceCapacity], warm_depth: int, warm_examples: int
+) -> None:
+    warm = [
+        dataclasses.replace(
+            one,
+            warm_depth=min(warm_depth, shape.layer_count),
+            warm_examples=min(warm_examples, one.examples),
+        )
+        for one in fleet
+    ]
+    ranks = tuple(range(1, shape.layer_count + 1))
+    assert (np.diff(completion_s(kept(shape), warm, ranks), axis=1) > 0).all()
+    assert (np.diff(completion_s(kept(shape, "periodic"), warm, ranks), axis=1) > 0).all()

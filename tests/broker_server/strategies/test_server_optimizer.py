@@ -54,12 +54,12 @@ def test_a_value_moves_by_the_published_equations(
     step, old = optimizer(kind), {"w": np.array([0.25], dtype=np.float32)}
     value = old["w"].astype(np.float64)
     for mean in means:
-        # float32 only at the end: the loop of the reference keeps float64 too.
+        # The moments are kept as float32; the reference keeps float64.
         held = np.array([mean is not None])
         moved = step.moved("w", old["w"], np.array([mean or 0.0]), held)
         value = value + (moved - old["w"])
 
-    assert value[0] == pytest.approx(by_loop(kind, 0.25, means), rel=1e-6, abs=1e-9)
+    assert value[0] == pytest.approx(by_loop(kind, 0.25, means), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
