@@ -15,6 +15,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def aggregate(updates: Iterator[bytes], base: bytes) -> int:
     return len(encode(aggregation.result(), Codec.FP32))
 
 
+def _aggregate_repeated(updates: list[bytes], count: int) -> int:
+    return aggregate(repeated(updates, count), updates[0])
+
+
+def _pass_over_repeated(updates: list[bytes], count: int) -> float:
+    return one_pass(repeated(updates, count))
+
+
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median wall time."""
     taken = []
@@ -99,9 +108,10 @@ def measure(counts: list[int], repeats: int) -> dict[str, Any]:
     updates = [an_update(seed) for seed in range(4)]
     rows = []
     for count in counts:
-        ours_s = seconds(lambda n=count: aggregate(repeated(updates, n), updates[0]), repeats)
-        pass_s = seconds(lambda n=count: one_pass(repeated(updates, n)), repeats)
-        peak = peak_bytes(lambda n=count: aggregate(repeated(updates, n), updates[0]))
+        ours = partial(_aggregate_repeated, updates, count)
+        ours_s = seconds(ours, repeats)
+        pass_s = seconds(partial(_pass_over_repeated, updates, count), repeats)
+        peak = peak_bytes(ours)
         rows.append(
             {
                 "updates": count,

@@ -87,6 +87,7 @@ def main() -> int:
                     out,
                     processes=options.workers,
                     pictures=not options.quick,
+                    prefix_dir=folder / "prefix",
                 )
             except LegendError as error:
                 failed[out.name] = str(error)

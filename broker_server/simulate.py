@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from broker_server import evaluate
@@ -32,7 +32,7 @@ from broker_server.run_spec import (
     read_rows,
 )
 from broker_server.run_state import RunStatus
-from broker_server.simulated_training import TrainingData, quiet_libraries
+from broker_server.simulated_training import TrainedUpdate, TrainingData, quiet_libraries
 from broker_server.simulation_folder import Score, SimulationFolder, SimulationState, report_of
 from broker_server.simulation_plots import write_simulation_plot
 from broker_server.simulation_spec import SimulationSpec, find_base_model
@@ -46,7 +46,7 @@ from broker_server.strategies import (
 from broker_server.virtual_fleet import ModelCost, VirtualFleet, generator_for
 from broker_server.virtual_run import Testbed, VirtualRun
 from wire_protocol.errors import ConfigError
-from wire_protocol.messages import BlobRef, DatasetReport
+from wire_protocol.parts import BlobRef, DatasetReport
 from wire_protocol.records import to_examples
 from wire_protocol.tensors import decode
 
@@ -54,6 +54,7 @@ RUN_ID = "simulation"
 """The same for every run: assignments, and so seeds, of two strategies carry the same names."""
 
 BLOBS_FOLDER = "blobs"
+PREFIX_FOLDER = "prefix"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def simulate(
     *,
     processes: int = 1,
     pictures: bool = True,
+    prefix_dir: Path | None = None,
     watch: Callable[[SimulationState], object] = lambda _state: None,
 ) -> SimulationState:
     """Run a simulation to its end, or go on with an interrupted one.
@@ -84,6 +86,8 @@ def simulate(
         out: the run's folder; made if needed.
         processes: that train; the results do not depend on it.
         pictures: draw the finished run; takes seconds.
+        prefix_dir: where hidden states of frozen layers are kept, in the run's
+            folder by default; runs may share one, the results do not depend on it.
         watch: told about every committed state.
 
     Raises:
@@ -103,7 +107,8 @@ def simulate(
         folder.write(reached, report_of(spec, reached, scene.run.labels))
         watch(reached)
 
-    with hire(_training_data(spec, scene), processes=processes) as trainers:
+    data = _training_data(spec, scene, prefix_dir or out / PREFIX_FOLDER)
+    with hire(data, processes=processes) as trainers:
         testbed = Testbed(
             run=scene.run,
             cost=scene.cost,
@@ -113,6 +118,7 @@ def simulate(
             trainers=trainers,
             judge=judge.score,
             commit=commit,
+            tamper=tampering(spec, list(scene.fleet.devices)),
         )
         prepared = scene.prepared
         coordinator = Coordinator(prepared.plan, prepared.strategy, prepared.checkpoint)
@@ -189,10 +195,14 @@ class Judge:
         self._folder = out / ADAPTER_FOLDER
         self._blobs = blobs
         self._test = self._bench(spec.evaluation)
-        self._validation = self._bench(spec.validation) if spec.validation else None
+        self._validation = (
+            self._bench(spec.validation, spec.validation_examples) if spec.validation else None
+        )
 
     def score(self, round_number: int, adapter: BlobRef) -> tuple[Score, Score | None]:
         """The score that decides, and that on the test file if it is another one.
+
+        The test file is scored in the rounds that the specification says.
 
         Raises:
             LegendError: the adapter does not fit the base model.
@@ -206,16 +216,18 @@ class Judge:
         )
         tensors = decode(self._blobs.read(adapter.sha256))
         export_adapter(tensors, self._model_dir, self._folder, card=card)
-        test = self._score(self._test)
         if self._validation is None:
-            return test, None
-        return self._score(self._validation), test
+            return self._score(self._test), None
+        every = self._spec.test_every
+        last = round_number == self._spec.rounds
+        due = last or every == 1 or (round_number > 0 and round_number % every == 0)
+        return self._score(self._validation), self._score(self._test) if due else None
 
     def _score(self, bench: evaluate.Bench) -> Score:
         return Score.model_validate(evaluate.evaluate(bench, self._folder))
 
-    def _bench(self, held_out: LocalEvaluation) -> evaluate.Bench:
-        stored = _stored(self._blobs, read_held_out(held_out))
+    def _bench(self, held_out: LocalEvaluation, most: int | None = None) -> evaluate.Bench:
+        stored = _stored(self._blobs, _evenly_spaced(read_held_out(held_out), most))
         setup = EvaluationSetup(
             model_dir=self._model_dir,
             task=self._run.task,
@@ -261,6 +273,33 @@ def split_training_file(spec: SimulationSpec, device_ids: Sequence[str], run: Ru
     return LocalData(rows, reports)
 
 
+def tampering(
+    spec: SimulationSpec, device_ids: Sequence[str]
+) -> Callable[[int, TrainedUpdate], TrainedUpdate]:
+    """What the attackers of a simulation make of updates; nothing without attackers.
+
+    Raises:
+        ConfigError: an attacker is not in the fleet.
+    """
+    attackers = spec.attackers
+    if attackers is None:
+        return lambda _round, trained: trained
+    try:
+        bad = attackers.among(device_ids, generator_for(spec.seed, "attackers"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    def tamper(round_number: int, trained: TrainedUpdate) -> TrainedUpdate:
+        if trained.device_id not in bad:
+            return trained
+        purpose = f"attack {round_number} {trained.device_id}"
+        update = attackers.poisoned(trained.update, generator_for(spec.seed, purpose))
+        examples = attackers.claimed_examples or trained.examples
+        return replace(trained, update=update, examples=examples)
+
+    return tamper
+
+
 def _remind(strategy: Strategy, state: SimulationState | None, blobs: BlobStore) -> None:
     """Give a strategy back what it knew when the simulation was stopped."""
     if state is None:
@@ -273,7 +312,7 @@ def _remind(strategy: Strategy, state: SimulationState | None, blobs: BlobStore)
         restore_state(strategy, decode(blobs.read(state.strategy_state.sha256)))
 
 
-def _training_data(spec: SimulationSpec, scene: _Scene) -> TrainingData:
+def _training_data(spec: SimulationSpec, scene: _Scene, prefix_dir: Path) -> TrainingData:
     return TrainingData(
         model_dir=scene.base.folder,
         recipe=scene.prepared.plan.recipe,
@@ -281,6 +320,8 @@ def _training_data(spec: SimulationSpec, scene: _Scene) -> TrainingData:
         columns=spec.train.columns,
         rows=scene.data.rows,
         threads=spec.threads,
+        model_digest=scene.base.digest,
+        prefix_dir=prefix_dir,
     )
 
 
@@ -293,6 +334,16 @@ def _born(scene: _Scene, state: SimulationState | None) -> Fleet:
     for device_id, estimate in (state.estimates if state else {}).items():
         devices.devices[device_id].estimate = estimate
     return devices
+
+
+def _evenly_spaced(held_out: HeldOut, most: int | None) -> HeldOut:
+    """At most so many of the examples, the same ones every time."""
+    lines = held_out.content.splitlines(keepends=True)
+    if most is None or most >= len(lines):
+        return held_out
+    return HeldOut(
+        b"".join(lines[row * len(lines) // most] for row in range(most)), held_out.labels
+    )
 
 
 def _stored(blobs: BlobStore, held_out: HeldOut) -> StoredEvaluation:

@@ -8,25 +8,36 @@ this process trained before.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 
 from broker_server.run_setup import BYTES_PER_VALUE
+from broker_server.virtual_cache import CacheBook, VirtualCache
 from broker_server.virtual_fleet import Conditions, ModelCost
 from edge_agent.dataset import Tokenised, endless_batches
 from edge_agent.finetune import BaseModel, Supervision, load_base_model, prepare_data, train
+from edge_agent.frozen_prefix import PrefixCache, digest_of
+from edge_agent.prefix_store import PrefixStore
 from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.messages import RoundStart, StepReport, TrainingRecipe
+from wire_protocol.messages import RoundStart, TrainingRecipe
+from wire_protocol.parts import StepReport
 from wire_protocol.records import Columns
-from wire_protocol.tensors import decode, encode
+from wire_protocol.tensors import Adapter, decode, encode
+
+COMPUTED_TOGETHER = 32
+"""Examples of similar length whose hidden states are computed in one batch."""
+
+CACHE_BYTES = 20_000_000_000
+"""Most that hidden states may take; never more than a share of the free disk."""
 
 UPLOAD_MARGIN_ROUND_TRIPS = 4
 """A live agent keeps this much, besides the upload itself, to arrive in time."""
@@ -40,6 +51,9 @@ class TrainingData:
         train_file: the examples of all devices.
         rows: by device, its row numbers in the file.
         threads: of torch's arithmetic.
+        model_digest: of the base model.
+        prefix_dir: where hidden states are kept; None computes them in every step.
+            Results are the same whatever lies there; devices and runs may share it.
     """
 
     model_dir: Path
@@ -48,6 +62,8 @@ class TrainingData:
     columns: Columns
     rows: Mapping[str, tuple[int, ...]]
     threads: int
+    model_digest: str = ""
+    prefix_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class VirtualAssignment:
 
     Attributes:
         adapter: the global adapter as it was sent.
+        below: the snapshot of the layers below, if there is one.
+        cache: what the device holds of the present prefix.
     """
 
     device_id: str
@@ -63,6 +81,12 @@ class VirtualAssignment:
     conditions: Conditions
     cost: ModelCost
     adapter: bytes
+    below: bytes | None = None
+    cache: VirtualCache = field(default_factory=VirtualCache)
+
+    def applied(self) -> Adapter:
+        """Every layer of the adapter that the device applies."""
+        return {**(decode(self.below) if self.below else {}), **decode(self.adapter)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class TrainedUpdate:
         update: the encoded delta; empty after a failure.
         report: as the device reports it, in virtual seconds.
         duration_s: from assignment to update, or to the failure.
+        cache: what the device holds now; None after a failure.
     """
 
     device_id: str
@@ -81,6 +106,7 @@ class TrainedUpdate:
     report: StepReport | None
     duration_s: float
     failure: tuple[str, str] | None = None
+    cache: VirtualCache | None = None
 
 
 class SimulatedTrainer:
@@ -105,6 +131,7 @@ class SimulatedTrainer:
             head_learning_rate=recipe.head_learning_rate,
             max_tokens=recipe.max_tokens,
             codec=recipe.codec,
+            clip_norm=recipe.clip_norm,
         )
         self._base: BaseModel = load_base_model(
             data.model_dir, recipe.task, self._recipe.label_count
@@ -112,6 +139,9 @@ class SimulatedTrainer:
         self._examples = prepare_data(
             self._base, data.train_file, columns=data.columns, recipe=self._recipe
         )
+        self._cache = _prefix_cache(data, self._examples)
+        # Collections come after every device; what is loaded now stays and need not be searched.
+        gc.freeze()
 
     def train(self, assignment: VirtualAssignment) -> TrainedUpdate:
         """Train as the device would; a device's failure is a result like any other."""
@@ -122,11 +152,12 @@ class SimulatedTrainer:
             outcome = train(
                 self._base,
                 examples,
-                adapter=decode(assignment.adapter),
+                adapter=assignment.applied(),
                 request=self._request(assignment, clock.training_deadline_s),
                 supervision=Supervision(
                     on_step=clock.stepped, elapsed_s=clock.elapsed_s, sleep=lambda _seconds: None
                 ),
+                cache=self._cache if assignment.start.prefix else None,
             )
             update = encode(outcome.delta, self._recipe.codec)
         except DeviceError as error:
@@ -168,14 +199,40 @@ class VirtualSteps:
         self._examples = len(examples)
         start, link = assignment.start, assignment.conditions
         self._depth = start.lora.depth
-        self.download_s = start.adapter.size_bytes / link.down_bytes_per_s
-        share = self._depth / start.lora.layer_count * BYTES_PER_VALUE[start.recipe.codec] / 4.0
+        self._cache = assignment.cache
+        self.download_bytes = start.adapter.size_bytes
+        below = start.prefix.adapter if start.prefix else None
+        if below and below.sha256 not in self._cache.loaded:
+            self.download_bytes += below.size_bytes
+            self._cache = self._cache.with_loaded(below.sha256)
+        self.download_s = self.download_bytes / link.down_bytes_per_s
+        # With a prefix the adapter holds no more than what is trained.
+        held = start.lora.layer_count if start.prefix is None else self._depth
+        share = self._depth / held * BYTES_PER_VALUE[start.recipe.codec] / 4.0
         upload_s = start.adapter.size_bytes * share / link.up_bytes_per_s
         margin_s = upload_s + UPLOAD_MARGIN_ROUND_TRIPS * link.round_trip_s
         self.training_deadline_s = max(1.0, start.deadline_s - self.download_s - margin_s)
-        tokens = step_tokens(examples, start.recipe.batch_size, seed=start.seed)
-        self._tokens = list(itertools.islice(tokens, start.steps))
+        self._lengths = [example.length for example in examples]
+        batches = step_batches(self._lengths, start.recipe.batch_size, seed=start.seed)
+        self._batches = list(itertools.islice(batches, start.steps))
+        self._tokens = [
+            len(batch) * max(self._lengths[row] for row in batch) for batch in self._batches
+        ]
+        self._forward, self._caches = self._forward_token_layers()
         self._done = 0
+
+    def _forward_token_layers(self) -> tuple[list[int], list[VirtualCache]]:
+        """Token-layer pairs of each step's forward pass, and the cache after each step."""
+        layers = self._assignment.start.lora.layer_count
+        boundary = layers - self._depth
+        if self._assignment.start.prefix is None or boundary == 0:
+            return [tokens * layers for tokens in self._tokens], [self._cache] * len(self._tokens)
+        book = CacheBook(self._cache, boundary, self._lengths)
+        pairs, caches = [], []
+        for batch, tokens in zip(self._batches, self._tokens, strict=True):
+            pairs.append(book.visit(batch) + tokens * self._depth)
+            caches.append(book.after())
+        return pairs, caches
 
     def stepped(self, steps: int, _loss: float) -> None:
         """The recipe finished its ``steps``-th step."""
@@ -183,8 +240,7 @@ class VirtualSteps:
 
     def elapsed_s(self) -> float:
         """Virtual seconds of the steps so far."""
-        tokens = sum(self._tokens[: self._done])
-        return self._forward_s(tokens) + self._backward_s(tokens)
+        return self._forward_s(self._done) + self._backward_s(self._done)
 
     def finished(self, update: bytes, report: TrainingReport) -> TrainedUpdate:
         """What the device reports, in virtual seconds.
@@ -196,10 +252,12 @@ class VirtualSteps:
         if report.tokens != planned:
             line = f"{report.tokens} tokens were trained, {planned} were reckoned with"
             raise DeviceError(FailureCode.INTERNAL, f"the virtual clock is wrong: {line}")
-        cost, start = self._assignment.cost, self._assignment.start
-        forward_s, backward_s = self._forward_s(report.tokens), self._backward_s(report.tokens)
+        cost = self._assignment.cost
+        done = report.steps_done
+        forward_s, backward_s = self._forward_s(done), self._backward_s(done)
         upload_s = len(update) / self._assignment.conditions.up_bytes_per_s
         largest = max(self._tokens[: report.steps_done])
+        watts = self._assignment.conditions.watts
         virtual = StepReport(
             steps_done=report.steps_done,
             tokens=report.tokens,
@@ -207,7 +265,7 @@ class VirtualSteps:
             backward_s=backward_s,
             training_s=forward_s + backward_s,
             download_s=self.download_s,
-            download_bytes=start.adapter.size_bytes,
+            download_bytes=self.download_bytes,
             upload_s=upload_s,
             upload_bytes=len(update),
             peak_memory_bytes=cost.peak_memory_bytes(largest, self._depth),
@@ -215,18 +273,48 @@ class VirtualSteps:
             gradient_checkpointing=report.gradient_checkpointing,
             first_loss=report.first_loss,
             last_loss=report.last_loss,
+            forward_token_layers=sum(self._forward[:done]),
+            energy_j=None if watts is None else watts * (forward_s + backward_s),
         )
         duration_s = self._assignment.conditions.round_trip_s + self.download_s
         duration_s += virtual.training_s + upload_s
         device_id = self._assignment.device_id
-        return TrainedUpdate(device_id, update, self._examples, virtual, duration_s)
+        return TrainedUpdate(
+            device_id,
+            update,
+            self._examples,
+            virtual,
+            duration_s,
+            cache=self._caches[done - 1] if self._assignment.start.prefix else None,
+        )
 
-    def _forward_s(self, tokens: int) -> float:
-        return self._assignment.cost.forward_s(tokens, self._assignment.conditions.flops_per_s)
+    def _forward_s(self, steps: int) -> float:
+        pairs = sum(self._forward[:steps])
+        return self._assignment.cost.layers_s(pairs, self._assignment.conditions.flops_per_s)
 
-    def _backward_s(self, tokens: int) -> float:
+    def _backward_s(self, steps: int) -> float:
+        tokens = sum(self._tokens[:steps])
         flops_per_s = self._assignment.conditions.flops_per_s
         return self._assignment.cost.backward_s(tokens, self._depth, flops_per_s)
+
+
+def _prefix_cache(data: TrainingData, examples: Sequence[Tokenised]) -> PrefixCache | None:
+    """Hidden states for all devices; those of an example depend on the training file alone."""
+    if data.prefix_dir is None:
+        return None
+    ordered = sorted(range(len(examples)), key=lambda row: (examples[row].length, row))
+    together: dict[bytes, list[Tokenised]] = {}
+    for begin in range(0, len(ordered), COMPUTED_TOGETHER):
+        group = [examples[row] for row in ordered[begin : begin + COMPUTED_TOGETHER]]
+        for example in group:
+            together.setdefault(digest_of(example), group)
+    return PrefixCache(
+        PrefixStore(data.prefix_dir, CACHE_BYTES),
+        f"{data.model_digest}/{data.threads}",
+        # Whatever was stored before, and by whom, must not change a digit.
+        reuse_lower=False,
+        companions=lambda example: together[digest_of(example)],
+    )
 
 
 def quiet_libraries() -> None:
@@ -236,15 +324,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def step_tokens(examples: Sequence[Tokenised], batch_size: int, *, seed: int) -> Iterable[int]:
-    """Tokens that each step of the recipe computes, padding included; endless.
+def step_batches(lengths: Sequence[int], batch_size: int, *, seed: int) -> Iterable[list[int]]:
+    """Rows of each step of the recipe; endless.
 
     Args:
-        examples: the device's own; at least one.
+        lengths: tokens of the device's own examples; at least one.
         batch_size: examples of a step.
         seed: of the assignment.
     """
-    lengths = [example.length for example in examples]
     generator = random.Random(seed)  # noqa: S311 - shuffling, no secret
-    for batch in endless_batches(lengths, min(batch_size, len(lengths)), generator=generator):
-        yield len(batch) * max(lengths[row] for row in batch)
+    return endless_batches(lengths, min(batch_size, len(lengths)), generator=generator)

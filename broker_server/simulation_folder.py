@@ -33,8 +33,10 @@ from broker_server.run_folder import (
 from broker_server.run_state import RoundResult, RunCheckpoint, RunStatus
 from broker_server.simulation_spec import SimulationSpec
 from broker_server.strategies import CapacityEstimate
+from broker_server.virtual_cache import VirtualCache
 from wire_protocol.errors import ConfigError
-from wire_protocol.messages import BlobRef
+from wire_protocol.parts import BlobRef
+from wire_protocol.plain_yaml import read_yaml
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FILE = "checkpoint.json"
@@ -56,9 +58,11 @@ class SimulationState(BaseModel):
         now: of the virtual clock, in seconds.
         checkpoint: of the coordinator.
         rounds: committed rounds in order.
-        test_scores: of round 0, 1, ...; empty without a separate validation file.
+        test_scores: of round 0, 1, ..., None where the test file was not scored;
+            empty without a separate validation file.
         estimates: what the server learned of each device.
         strategy_state: tensors that the strategy keeps between rounds.
+        caches: what each virtual device has cached.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -67,9 +71,10 @@ class SimulationState(BaseModel):
     checkpoint: RunCheckpoint
     baseline: Score | None = None
     rounds: tuple[RoundResult, ...] = ()
-    test_scores: tuple[Score, ...] = ()
+    test_scores: tuple[Score | None, ...] = ()
     estimates: dict[str, CapacityEstimate] = {}
     strategy_state: BlobRef | None = None
+    caches: dict[str, VirtualCache] = {}
     status: RunStatus = RunStatus.RUNNING
     reason: str = ""
 
@@ -150,6 +155,7 @@ def report_of(spec: SimulationSpec, state: SimulationState, labels: tuple[str, .
         rounds_planned=spec.rounds,
         baseline=Baseline(baseline.accuracy, baseline.loss) if baseline else None,
         rounds=state.rounds,
+        privacy=spec.privacy,
     )
 
 
@@ -161,8 +167,8 @@ def read_config(root: Path) -> Mapping[str, Any]:
     """
     path = root / CONFIG_FILE
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        value = read_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{root} is not the folder of a simulation: no {CONFIG_FILE}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} does not hold the keys of a simulation")
@@ -173,6 +179,8 @@ def _test_columns(state: SimulationState, number: int) -> dict[str, float]:
     if number >= len(state.test_scores):
         return {}
     score = state.test_scores[number]
+    if score is None:
+        return {}
     return {"test_accuracy": score.accuracy, "test_loss": score.loss}
 
 

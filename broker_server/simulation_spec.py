@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from broker_server.attackers import Attackers
 from broker_server.run_spec import (
     HeldOut,
     LocalEvaluation,
@@ -69,6 +70,11 @@ class SimulationSpec(RunOptions):
         evaluation: held-out file of the reported quality.
         validation: held-out file for every decision (targets, selection);
             default: the evaluation file.
+        validation_examples: evenly spaced ones of the validation file that are
+            used; None for all of them.
+        test_every: the evaluation file is scored after every so many rounds and
+            after the last; only where there is a validation file.
+        attackers: devices that send something else than what they learned.
         link_jitter: replaces the jitter of the profile's links.
         threads: of torch's arithmetic; the last digits may depend on it.
     """
@@ -80,8 +86,11 @@ class SimulationSpec(RunOptions):
     train: LocalEvaluation
     evaluation: LocalEvaluation
     validation: LocalEvaluation | None = None
+    validation_examples: int | None = Field(default=None, ge=1)
+    test_every: int = Field(default=1, ge=1)
     partition: PartitionSettings = PartitionSettings()
     availability: Availability = Availability()
+    attackers: Attackers | None = None
     link_jitter: Share | None = None
     threads: int = Field(default=1, ge=1, le=256)
 

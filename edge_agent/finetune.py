@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from edge_agent.base_model import BaseModel, load_base_model
+from edge_agent.clip_update import clip_update
 from edge_agent.dataset import (
     IGNORED_LABEL,
     Tokenised,
@@ -34,11 +35,14 @@ from edge_agent.dataset import (
     tokenise_classification,
     tokenise_instruction,
 )
+from edge_agent.frozen_prefix import FrozenPrefix, PrefixCache
+from edge_agent.layer_range import call_options, given_up
 from edge_agent.peak_memory import is_out_of_memory, peak_bytes, release_memory, reset_peak
 from edge_agent.peft_adapter import AttachedAdapter, attach, delta, detach, set_training_mode
 from edge_agent.round_directory import Recipe, TrainingReport, TrainRequest
 from edge_agent.stretch import Stretch
 from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.model_family import layer_of
 from wire_protocol.records import Columns
 from wire_protocol.tensors import Adapter
 
@@ -91,12 +95,18 @@ class Supervision:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One optimiser step: computed tokens (with padding), its loss and its seconds."""
+    """One optimiser step: computed tokens (with padding), its loss and its seconds.
+
+    Attributes:
+        forward_token_layers: token-layer pairs of the forward pass; fewer than
+            tokens times layers when frozen layers were read back.
+    """
 
     tokens: int
     loss: float
     forward_s: float
     backward_s: float
+    forward_token_layers: int
 
 
 def prepare_data(
@@ -123,6 +133,7 @@ def train(
     adapter: Adapter,
     request: TrainRequest,
     supervision: Optional[Supervision] = None,
+    cache: Optional[PrefixCache] = None,
 ) -> Outcome:
     """Train the assigned layers on local data; the base model is unchanged afterwards.
 
@@ -135,6 +146,7 @@ def train(
         adapter: the global adapter.
         request: what to train, how long and how.
         supervision: who watches; nobody by default.
+        cache: where the output of the frozen layers is kept; None computes it in every step.
 
     Raises:
         DeviceError: CANCELLED, NON_FINITE_LOSS, or OUT_OF_MEMORY with one example.
@@ -142,23 +154,28 @@ def train(
     """
     watch = supervision or Supervision()
     limits = request.limits
-    torch.manual_seed(request.seed)
     reset_peak()
-    attached = attach(base, adapter, request.ranks, factors=request.factors)
+    attached = attach(base, _of_layers_here(base, adapter), request.ranks, factors=request.factors)
+    # Not before: attaching draws numbers too, and more of them for more layers.
+    torch.manual_seed(request.seed)
     try:
-        with _checkpointing(base, enabled=limits.gradient_checkpointing):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_checkpointing(base, enabled=limits.gradient_checkpointing))
             set_training_mode(attached)
-            stretch = Stretch(
-                base.shape.weights_per_layer,
-                base.shape.layer_count,
-                limits.flops_per_s,
-                sleep=watch.sleep,
-            )
+            prefix = _frozen_prefix(attached, adapter, cache, limits.precision)
+            if prefix is not None:
+                stack.enter_context(prefix)
+            stretch = Stretch(base.shape.weights_per_layer, limits.flops_per_s, sleep=watch.sleep)
             step = TrainingStep(
-                attached, request.recipe, precision=limits.precision, stretch=stretch
+                attached,
+                request.recipe,
+                precision=limits.precision,
+                stretch=stretch,
+                prefix=prefix,
             )
             report = _run_steps(step, data, request=request, watch=watch)
-        return Outcome(delta(attached), request.ranks, len(data), report)
+        learned = clip_update(delta(attached), request.recipe.clip_norm)
+        return Outcome(learned, request.ranks, len(data), report)
     finally:
         detach(attached)
         release_memory()
@@ -175,13 +192,21 @@ class TrainingStep:
         recipe: learning rates.
         precision: ``fp16`` and ``bf16`` take effect on CUDA only.
         stretch: what slows the step down to an imitated board.
+        prefix: the frozen layers with their cache; None runs them in every step.
     """
 
     def __init__(
-        self, attached: AttachedAdapter, recipe: Recipe, *, precision: str, stretch: Stretch
+        self,
+        attached: AttachedAdapter,
+        recipe: Recipe,
+        *,
+        precision: str,
+        stretch: Stretch,
+        prefix: Optional[FrozenPrefix] = None,
     ) -> None:
         self._attached = attached
         self._stretch = stretch
+        self._prefix = prefix
         self._device = attached.base.device
         self._depth = sum(rank > 0 for rank in attached.ranks)
         self._padding = padding_of(attached.base.tokenizer)
@@ -191,7 +216,7 @@ class TrainingStep:
             head = {"params": list(attached.head.values()), "lr": recipe.head_learning_rate}
             groups.append(head)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-        self._dtype = _autocast_dtype(self._device.type, precision)
+        self._dtype = autocast_dtype(self._device.type, precision)
         self._scaler = _grad_scaler(enabled=self._dtype is torch.float16)
 
     def run(self, batch: Sequence[Tokenised]) -> StepCost:
@@ -208,27 +233,39 @@ class TrainingStep:
         tokens = inputs["input_ids"].numel()
         self._optimiser.zero_grad(set_to_none=True)
         began = self._now()
-        loss = self._loss(inputs)
-        forward_s = self._stretch.forward(tokens, measured_s=self._now() - began)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DeviceError(
-                FailureCode.NON_FINITE_LOSS, f"the loss became {value}; lower the learning rate"
-            )
-        began = self._now()
-        self._update(loss)
-        measured_s = self._now() - began
+        with contextlib.ExitStack() as stack:
+            forward_token_layers = self._enter_frozen(batch, tokens, stack)
+            loss = self._loss(inputs)
+            measured_s = self._now() - began
+            forward_s = self._stretch.forward(forward_token_layers, measured_s=measured_s)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                line = f"the loss became {value}; lower the learning rate"
+                raise DeviceError(FailureCode.NON_FINITE_LOSS, line)
+            began = self._now()
+            self._update(loss)
+            measured_s = self._now() - began
         backward_s = self._stretch.backward(tokens, depth=self._depth, measured_s=measured_s)
-        return StepCost(tokens, value, forward_s, backward_s)
+        return StepCost(tokens, value, forward_s, backward_s, forward_token_layers)
 
     def forget_gradients(self) -> None:
         """Free what an interrupted step left behind."""
         self._optimiser.zero_grad(set_to_none=True)
 
+    def _enter_frozen(
+        self, batch: Sequence[Tokenised], tokens: int, stack: contextlib.ExitStack
+    ) -> int:
+        """Let the forward pass begin above the frozen layers; its token-layer pairs."""
+        if self._prefix is None:
+            return tokens * self._attached.base.shape.layer_count
+        states, computed = self._prefix.states(batch)
+        stack.enter_context(self._prefix.replacing(states))
+        return computed + tokens * self._depth
+
     def _loss(self, inputs: Dict[str, Any]) -> Any:
         """Mean cross entropy over classes, or over the tokens that follow each token."""
         labels = inputs.pop("labels")
-        options = {} if self._attached.head else {"use_cache": False}
+        options = call_options(self._attached.base)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
             logits = self._attached.base.model(**inputs, **options).logits.float()
         if self._attached.head:
@@ -285,7 +322,26 @@ def _run_steps(
         gradient_checkpointing=request.limits.gradient_checkpointing,
         first_loss=costs[0].loss,
         last_loss=costs[-1].loss,
+        forward_token_layers=sum(cost.forward_token_layers for cost in costs),
     )
+
+
+def _of_layers_here(base: BaseModel, adapter: Adapter) -> Adapter:
+    """The adapter without the layers that a model gave up: their output is cached."""
+    gone = range(given_up(base))
+    return {name: tensor for name, tensor in adapter.items() if layer_of(name) not in gone}
+
+
+def _frozen_prefix(
+    attached: AttachedAdapter, adapter: Adapter, cache: Optional[PrefixCache], precision: str
+) -> Optional[FrozenPrefix]:
+    """The layers below the trained ones, if there are any and a place to keep their output."""
+    base = attached.base
+    boundary = sum(rank == 0 for rank in attached.ranks)
+    if cache is None or boundary == 0:
+        return None
+    autocast = autocast_dtype(base.device.type, precision)
+    return FrozenPrefix(base, adapter, boundary=boundary, cache=cache, autocast=autocast)
 
 
 def _try_step(step: TrainingStep, batch: Sequence[Tokenised]) -> Union[StepCost, str]:
@@ -326,7 +382,7 @@ def _checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
         base.model.gradient_checkpointing_disable()
 
 
-def _autocast_dtype(device_type: str, precision: str) -> Any:
+def autocast_dtype(device_type: str, precision: str) -> Any:
     """Half precision on CUDA; fp16 where bf16 is asked of a GPU that lacks it."""
     if device_type != "cuda" or precision == "fp32":
         return None

@@ -101,7 +101,7 @@ def benchmark(
     on_step(1, "inference")
     latency, onnx_error = _inference(base, request)
     points = _measure(base, request, on_step)
-    forward, backward = fit_seconds(points, base.shape.layer_count)
+    forward, backward = fit_seconds(points)
     memory = fit_memory(points)
     return {
         "forward_seconds_per_token_layer": forward,
@@ -115,7 +115,7 @@ def benchmark(
     }
 
 
-def fit_seconds(points: Sequence[Point], layer_count: int) -> Tuple[float, float]:
+def fit_seconds(points: Sequence[Point]) -> Tuple[float, float]:
     """Seconds per token and layer, forward and backward.
 
     Forward is the median over all steps. Backward grows with the depth from zero:
@@ -123,7 +123,7 @@ def fit_seconds(points: Sequence[Point], layer_count: int) -> Tuple[float, float
     """
     timed = [point for point in points if point.costs]
     forward = statistics.median(
-        cost.forward_s / (cost.tokens * layer_count) for point in timed for cost in point.costs
+        cost.forward_s / cost.forward_token_layers for point in timed for cost in point.costs
     )
     sizes = np.array([point.tokens * point.depth for point in timed], dtype=np.float64)
     seconds = np.array([statistics.median(c.backward_s for c in point.costs) for point in timed])
@@ -214,7 +214,7 @@ def _run(
     }
     batch = _random_batch(base, batch_size, min(request.max_tokens, base.max_positions))
     stretch = Stretch(
-        base.shape.weights_per_layer, layer_count, request.flops_per_s, sleep=lambda _seconds: None
+        base.shape.weights_per_layer, request.flops_per_s, sleep=lambda _seconds: None
     )
     release_memory()
     reset_peak()
@@ -265,11 +265,9 @@ def _inference(
     except Exception as error:  # noqa: BLE001  # exporters fail in their own ways; none is fatal
         return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
     stretch = Stretch(
-        base.shape.weights_per_layer,
-        base.shape.layer_count,
-        request.flops_per_s,
-        sleep=lambda _seconds: None,
+        base.shape.weights_per_layer, request.flops_per_s, sleep=lambda _seconds: None
     )
-    p50_s = stretch.forward(tokens, measured_s=latency.p50_s)
-    p95_s = stretch.forward(tokens, measured_s=latency.p95_s)
+    token_layers = tokens * base.shape.layer_count
+    p50_s = stretch.forward(token_layers, measured_s=latency.p50_s)
+    p95_s = stretch.forward(token_layers, measured_s=latency.p95_s)
     return {"p50_s": p50_s, "p95_s": p95_s, "tokens": tokens}, None

@@ -17,20 +17,18 @@ class Stretch:
 
     Attributes:
         weights_per_layer: see ``wire_protocol.model_family.ModelShape``.
-        layer_count: layers of the base model.
         flops_per_s: sustained speed of the imitated board; None imitates nothing.
         sleep: called with the seconds that remain. A benchmark passes a function
             that returns at once: it wants the figure, not the wait.
     """
 
     weights_per_layer: int
-    layer_count: int
     flops_per_s: Optional[float] = None
     sleep: Callable[[float], object] = time.sleep
 
-    def forward(self, tokens: int, *, measured_s: float) -> float:
-        """Pass the rest of a forward pass over ``tokens`` tokens; its seconds."""
-        return self._pass_time(tokens * self.layer_count, measured_s)
+    def forward(self, token_layers: int, *, measured_s: float) -> float:
+        """Pass the rest of a forward pass of so many tokens times layers; its seconds."""
+        return self._pass_time(token_layers, measured_s)
 
     def backward(self, tokens: int, *, depth: int, measured_s: float) -> float:
         """Pass the rest of a backward pass through ``depth`` layers; its seconds.
