@@ -7,24 +7,27 @@ Every method is one transaction; when it returns, the data is on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import (
-    Engine,
     Integer,
     String,
     Text,
     UniqueConstraint,
     create_engine,
-    event,
+    func,
     select,
     update,
 )
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from broker_server import database_file
+from broker_server.database_file import RESTORE_HINT, DatabaseDamaged
+from wire_protocol.durable import BEGIN, DONE, reached
 from wire_protocol.errors import ConfigError
 
 
@@ -105,24 +108,47 @@ class Store:
 
     Raises:
         ConfigError: the database cannot be opened.
+        DatabaseDamaged: it was opened, and is not what was written.
+        DatabaseUnavailable: its disk is full. Every method that writes may raise it too.
     """
 
     def __init__(self, url: str) -> None:
+        self._name = _hide_password(url)
         try:
             self._engine = create_engine(url)
             if self._engine.dialect.name == "sqlite":
-                _make_sqlite_durable(self._engine)
+                database_file.make_durable(self._engine)
             Row.metadata.create_all(self._engine)
         except (SQLAlchemyError, ImportError, ValueError) as error:
+            if isinstance(error, DBAPIError):
+                meant = database_file.named(error, self._name)
+                if isinstance(meant, DatabaseDamaged) or "no space" in str(meant):
+                    raise meant from error
             reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"database {_hide_password(url)} cannot be opened: {reason}"
-            ) from error
+            raise ConfigError(f"database {self._name} cannot be opened: {reason}") from error
+        if (damage := self.damage()) is not None:
+            self.close()
+            raise DatabaseDamaged(f"database {self._name} is damaged ({damage}); {RESTORE_HINT}")
 
     @classmethod
     def in_folder(cls, folder: Path) -> Store:
         """The default: an SQLite file in the server's state directory."""
         return cls(f"sqlite:///{folder / 'server.db'}")
+
+    @property
+    def kind(self) -> str:
+        """``sqlite``, ``postgresql``, ..."""
+        return self._engine.dialect.name
+
+    @property
+    def file(self) -> Path | None:
+        """Where an SQLite database lies; None for any other."""
+        name = self._engine.url.database
+        return Path(name) if self.kind == "sqlite" and name else None
+
+    def damage(self) -> str | None:
+        """What is wrong with the database file; None when it is whole, or not ours to check."""
+        return database_file.damage_in(self._engine) if self.kind == "sqlite" else None
 
     def close(self) -> None:
         """Release the database."""
@@ -130,7 +156,7 @@ class Store:
 
     def save_device(self, device_id: str, sid: int, birth: str) -> None:
         """Insert or replace a device."""
-        with Session(self._engine) as session, session.begin():
+        with self._transaction("server.store.device") as session:
             session.merge(DeviceRow(device_id=device_id, sid=sid, birth=birth))
 
     def devices(self) -> Sequence[tuple[str, int, str]]:
@@ -141,7 +167,7 @@ class Store:
 
     def save_model(self, digest: str, name: str, *, files: str, config: str) -> None:
         """Register a base model; a name given again now means the new digest."""
-        with Session(self._engine) as session, session.begin():
+        with self._transaction("server.store.model") as session:
             for row in session.scalars(select(ModelRow).where(ModelRow.name == name)):
                 if row.digest != digest:
                     row.name = f"{row.name}@{row.digest[:12]}"
@@ -161,13 +187,13 @@ class Store:
 
     def create_run(self, run_id: str, spec: str) -> None:
         """Queue a run."""
-        with Session(self._engine) as session, session.begin():
+        with self._transaction("server.store.run") as session:
             session.add(RunRow(run_id=run_id, spec=spec, status="queued"))
 
     def set_status(self, run_id: str, status: str, reason: str = "") -> None:
         """Move a run through its life."""
         change = update(RunRow).where(RunRow.run_id == run_id)
-        with Session(self._engine) as session, session.begin():
+        with self._transaction("server.store.status") as session:
             session.execute(change.values(status=status, reason=reason))
 
     def save_checkpoint(
@@ -182,7 +208,7 @@ class Store:
         values = {"checkpoint": checkpoint}
         if baseline is not None:
             values["baseline"] = baseline
-        with Session(self._engine) as session, session.begin():
+        with self._transaction("server.store.checkpoint") as session:
             session.execute(update(RunRow).where(RunRow.run_id == run_id).values(**values))
             if result is not None:
                 number, text = result
@@ -192,6 +218,12 @@ class Store:
         """Every run, oldest first."""
         with Session(self._engine) as session:
             return [_record(row) for row in session.scalars(select(RunRow).order_by(RunRow.number))]
+
+    def statuses(self) -> dict[str, str]:
+        """The status of every run; without its documents, which may be large."""
+        query = select(RunRow.run_id, RunRow.status).order_by(RunRow.number)
+        with Session(self._engine) as session:
+            return {row[0]: row[1] for row in session.execute(query)}
 
     def run(self, run_id: str) -> RunRecord | None:
         """One run."""
@@ -205,6 +237,12 @@ class Store:
         with Session(self._engine) as session:
             return [row.result for row in session.scalars(query)]
 
+    def round_counts(self) -> dict[str, int]:
+        """Number of committed rounds of every run that has any."""
+        query = select(RoundRow.run_id, func.count()).group_by(RoundRow.run_id)
+        with Session(self._engine) as session:
+            return {row[0]: row[1] for row in session.execute(query)}
+
     def record_update(self, run_id: str, round_number: int, device_id: str, manifest: str) -> bool:
         """Commit an accepted update.
 
@@ -215,7 +253,7 @@ class Store:
             run_id=run_id, round_number=round_number, device_id=device_id, manifest=manifest
         )
         try:
-            with Session(self._engine) as session, session.begin():
+            with self._transaction("server.store.update") as session:
                 session.add(row)
         except IntegrityError:
             return False
@@ -229,20 +267,24 @@ class Store:
         with Session(self._engine) as session:
             return {row.device_id: row.manifest for row in session.scalars(query)}
 
+    @contextmanager
+    def _transaction(self, site: str) -> Iterator[Session]:
+        """One commit, on the disk when the block is left; nothing of it after an error."""
+        try:
+            with Session(self._engine) as session:
+                yield session
+                session.flush()
+                reached(site, BEGIN)
+                session.commit()
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise database_file.named(error, self._name) from error
+        reached(site, DONE)
+
 
 def _record(row: RunRow) -> RunRecord:
     return RunRecord(row.run_id, row.spec, row.status, row.reason, row.checkpoint, row.baseline)
-
-
-def _make_sqlite_durable(engine: Engine) -> None:
-    """WAL lets readers go on while a commit runs; FULL makes a commit survive power loss."""
-
-    @event.listens_for(engine, "connect")
-    def _set_pragmas(connection: object, _record: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
 
 
 def _hide_password(url: str) -> str:

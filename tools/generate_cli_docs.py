@@ -23,8 +23,8 @@ _HEADING = """\
 Generated from the programs' own help by `python -m tools.generate_cli_docs`; do not edit.
 
 Exit codes of all three, after sysexits(3): 0 done, 2 wrong command line, 69 a peer does not
-answer, 70 this device cannot do the work, 75 already running, 76 a peer broke the protocol,
-77 refused, 78 a file or flag is wrong, 130 interrupted.
+answer, 70 this device cannot do the work, 75 already running or not accepted yet, 76 a peer
+broke the protocol, 77 refused, 78 a file or flag is wrong, 130 interrupted.
 """
 
 

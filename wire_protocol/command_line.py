@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+from types import TracebackType
 from typing import Any
 
 import click
@@ -29,24 +31,66 @@ class OneLineErrors(click.Group):
 
 
 def configure_logging(level: str) -> None:
-    """JSON lines for journald, coloured text for a person at a terminal; to stderr."""
+    """JSON lines for journald, coloured text for a person at a terminal; to stderr.
+
+    What libraries log, and what crashes a thread or the program, is written the same way.
+
+    Args:
+        level: of our own messages. Libraries stay at ``warning``: at lower levels they quote
+            requests, and with them what must not be in a log.
+    """
     import structlog  # noqa: PLC0415 - --help must answer at once
 
     terminal = sys.stderr.isatty()
     renderer: Any = (
         structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     )
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Any] = [structlog.processors.format_exc_info, renderer]
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
+        processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+    if not terminal:
+        _log_crashes(structlog.get_logger())
+
+
+def _log_crashes(log: Any) -> None:
+    """A bug keeps its traceback, but as one JSON line; a Ctrl-C is no bug."""
+
+    def crashed(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            log.critical("crashed", exc_info=(kind, error, trace))
+
+    def thread_crashed(happened: threading.ExceptHookArgs) -> None:
+        name = happened.thread.name if happened.thread else "?"
+        error = happened.exc_value or happened.exc_type()
+        log.critical(
+            "thread_crashed",
+            thread=name,
+            exc_info=(happened.exc_type, error, happened.exc_traceback),
+        )
+
+    sys.excepthook = crashed
+    threading.excepthook = thread_crashed
 
 
 def echo_json(value: object) -> None:

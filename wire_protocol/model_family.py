@@ -81,6 +81,9 @@ def _fused(shape: ModelShape) -> Tuple[Shape, ...]:
     return ((3 * shape.hidden_size, shape.hidden_size),)
 
 
+MOST_LAYERS = 1000
+WIDEST = 2**24
+
 FAMILIES: Mapping[str, ModelFamily] = {
     "bert": ModelFamily(
         "bert.encoder.layer",
@@ -126,7 +129,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: the architecture is not in the table.
     """
-    name = str(config.get("model_type", "unknown"))
+    name = str(config.get("model_type", "unknown"))[:60]
     if name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"base model type {name!r} has no supported layers; use one of {known}")
@@ -145,19 +148,21 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         hidden = int(config[family.hidden_key])
         layers = int(config[family.layers_key])
         heads = int(config.get("num_attention_heads") or config.get("n_heads") or config["n_head"])
+        head_size = int(config.get("head_dim") or hidden // heads)
+        key_value = int(config.get("num_key_value_heads") or heads) * head_size
+        inner = int(
+            config.get("intermediate_size")
+            or config.get("hidden_dim")
+            or config.get("n_inner")
+            or 4 * hidden
+        )
     except KeyError as error:
         raise ConfigError(f"config.json of the base model lacks {error}") from error
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ConfigError("config.json of the base model has a size that is no number") from error
-    _check_sizes(hidden, layers, heads)
-    head_size = int(config.get("head_dim") or hidden // heads)
-    key_value = int(config.get("num_key_value_heads") or heads) * head_size
-    inner = int(
-        config.get("intermediate_size")
-        or config.get("hidden_dim")
-        or config.get("n_inner")
-        or 4 * hidden
-    )
+    # Lists of this length are made before a tensor is looked at.
+    if not (0 < layers <= MOST_LAYERS and all(0 < n <= WIDEST for n in (hidden, key_value, inner))):
+        raise ConfigError("config.json of the base model has sizes that no model has")
     projections = 3 if name in ("llama", "qwen2") else 2
     weights = 2 * hidden * hidden + 2 * hidden * key_value + projections * hidden * inner
     return ModelShape(name, layers, hidden, key_value, weights)

@@ -43,10 +43,19 @@ def read_yaml(text: str, *, source: str) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        raise ConfigError(f"{source} is not YAML: {one_line(error)}") from error
+        raise ConfigError(f"{source} is not YAML: {_why(error)}") from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _why(error: Exception) -> str:
+    """What is wrong and where; PyYAML's own words would quote the line, and a password in it."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return one_line(error)
+    words = one_line(" ".join(filter(None, (error.context, error.problem))))
+    mark = error.problem_mark or error.context_mark
+    return f"{words} in line {mark.line + 1}, column {mark.column + 1}" if mark else words
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -60,8 +69,8 @@ class _BoundedLoader(yaml.SafeLoader):
         self._values_of: dict[str, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        mark, anchor = event.start_mark, getattr(event, "anchor", None)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, anchor = event.start_mark, str(getattr(event, "anchor", None) or "")
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias and anchor in self._open:
             raise yaml.composer.ComposerError(None, None, f"{anchor!r} contains itself", mark)

@@ -89,7 +89,7 @@ def check_shapes(adapter: Adapter, expected: Mapping[str, Tuple[int, ...]]) -> N
     missing = sorted(expected.keys() - adapter.keys())
     extra = sorted(adapter.keys() - expected.keys())
     if missing or extra:
-        raise ProtocolError(f"adapter lacks {missing[:3]} and has unexpected {extra[:3]}")
+        raise ProtocolError(one_line(f"adapter lacks {missing[:3]} and has unexpected {extra[:3]}"))
     for name, shape in expected.items():
         if adapter[name].shape != shape:
             raise ProtocolError(f"tensor {name} has shape {adapter[name].shape}, expected {shape}")

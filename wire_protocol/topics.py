@@ -30,8 +30,10 @@ class Channel(str, Enum):
     EVENT = "up/evt"
     UPDATE = "up/update"
     DEVICE_ACK = "up/ack"
+    CERTIFICATE_REQUEST = "up/cert"
     COMMAND = "down/cmd"
     SERVER_ACK = "down/ack"
+    CERTIFICATE = "down/cert"
 
 
 class Broadcast(str, Enum):
