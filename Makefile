@@ -41,12 +41,13 @@ test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots th
 trust: venv mosquitto ## The attack suite in its long form (under 20 minutes)
 	$(BIN)/python -m pytest -m trust tests/trust
 
-check: venv ## Format, lint, types, import contracts, generated files
+check: venv ## Format, lint, types, import contracts, generated files, dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_cli_docs.py --check
+	$(BIN)/python tools/check_dependencies.py
 
 docs: venv ## Write the generated files anew
 	$(BIN)/python tools/generate_cli_docs.py

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import Body, FastAPI, HTTPException, Request
+from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from broker_server.api_guard import Guard
+from broker_server.access import Refusal
+from broker_server.api_guard import Gate, Guard
+from broker_server.backup import Snapshot
 from broker_server.base_model import ModelFile
 from broker_server.blob_api import blob_router
+from broker_server.counters import TrafficMeter
+from broker_server.enrollment_api import enrolment_router
+from broker_server.metrics import CONTENT_TYPE_LATEST, Metrics
 from broker_server.model_registry import shape_of
 from broker_server.run_folder import list_files
 from broker_server.run_spec import parse_run_spec
@@ -33,9 +38,12 @@ from broker_server.run_views import (
     run_report,
 )
 from broker_server.server import Server
+from broker_server.server_checkup import checkup
 from broker_server.store import RunRecord
-from wire_protocol.errors import ConfigError, LegendError, ProtocolError, Refused
-from wire_protocol.messages import PROTOCOL_VERSION, Count, Sha256
+from broker_server.tokens import TokenStore
+from wire_protocol.errors import ConfigError, LegendError, ProtocolError, Refused, one_line
+from wire_protocol.messages import PROTOCOL_VERSION
+from wire_protocol.parts import Count, Sha256
 from wire_protocol.topics import check_name
 
 
@@ -59,10 +67,30 @@ class NewModel(BaseModel):
 def make_api(server: Server) -> FastAPI:
     """Build the application around a server."""
     api = FastAPI(title="LEGEND Edge", version=version("legend-edge"))
-    api.add_middleware(Guard, token=server.settings.token)
-    api.include_router(blob_router(server.blobs))
+    gate = Gate(
+        server.settings.token,
+        TokenStore(server.state.root),
+        server.pki,
+        _is_loopback(server.settings.host),
+        server.rights.grants,
+        server.refused,
+    )
+
+    def refuse(refusal: Refusal, request: Request) -> Response:
+        return gate.refuse(refusal, request.scope)
+
+    api.add_middleware(Guard, gate=gate)
+    api.add_middleware(TrafficMeter, counters=server.counters)  # the outermost: counts refusals too
+    uploaded = server.counters.uploaded
+    api.include_router(
+        blob_router(server.blobs, on_complete=uploaded, rights=server.rights, on_refused=refuse)
+    )
+    api.include_router(enrolment_router(server.enrolment, operator_key=server.operator_key))
     routes = _Routes(server)
     for method, path, handler, status in (
+        ("GET", "/metrics", routes.metrics, 200),
+        ("POST", "/v1/backup", routes.backup, 200),
+        ("GET", "/v1/doctor", routes.doctor, 200),
         ("GET", "/v1/health", routes.health, 200),
         ("GET", "/v1/join", routes.join, 200),
         ("GET", "/v1/devices", routes.devices, 200),
@@ -88,6 +116,21 @@ class _Routes:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._metrics = Metrics(server)
+
+    async def metrics(self) -> Response:
+        """Counters and gauges in Prometheus' text format."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def backup(self) -> StreamingResponse:
+        """Everything that the server needs to go on elsewhere, as one archive."""
+        # On the event loop: nothing of a run changes while the picture is taken.
+        snapshot = Snapshot(self._server)
+        return StreamingResponse(snapshot.pieces(), media_type="application/x-tar")
+
+    async def doctor(self) -> dict[str, object]:
+        """What the server knows about its own health."""
+        return await checkup(self._server)
 
     async def health(self) -> dict[str, object]:
         """How the server is."""
@@ -102,7 +145,8 @@ class _Routes:
                 "connected": server.link.connected,
             },
             "devices_online": sum(d.online for d in server.fleet.devices.values()),
-            "dropped_messages": dict(server.dropped),
+            "dropped_messages": server.counters.dropped_by_channel,
+            "refused_requests": dict(server.refused),
         }
 
     async def join(self, device_id: str, request: Request) -> dict[str, object]:
@@ -129,6 +173,7 @@ class _Routes:
             "protocol": [PROTOCOL_VERSION],
             "operator_key": self._server.operator_key,
             "broker_url": f"{scheme}://{login}{bracketed}:{broker.port}",
+            "certificate_left_s": _certificate_left_s(request),
         }
 
     async def devices(self) -> dict[str, object]:
@@ -149,6 +194,7 @@ class _Routes:
         server = self._server
         files = [ModelFile(file.path, file.sha256, file.size_bytes) for file in model.files]
         digest = server.models.register(model.name, files)
+        server.rights.model_registered()
         if server.runs.active is None:
             online = [name for name, known in server.fleet.devices.items() if known.online]
             server.measure(online, digest)
@@ -163,10 +209,7 @@ class _Routes:
     async def runs(self) -> dict[str, object]:
         """Every run, oldest first."""
         return {
-            "runs": [
-                run_line(run_report(record, self._rounds(record.run_id)), self._loop(record))
-                for record in self._server.store.runs()
-            ]
+            "runs": [self._line(record) for record in self._server.store.runs()],
         }
 
     async def launch(self, document: dict[str, Any] = Body()) -> dict[str, object]:  # noqa: B008 - FastAPI's way to name the body
@@ -211,9 +254,23 @@ class _Routes:
         texts = self._server.store.rounds(run_id)
         return [RoundResult.model_validate_json(text) for text in texts]
 
+    def _line(self, record: RunRecord) -> dict[str, object]:
+        # Only the last round: a hundred with two hundred devices each would hold everybody up.
+        texts = self._server.store.rounds(record.run_id)
+        last = [RoundResult.model_validate_json(text) for text in texts[-1:]]
+        loop = self._loop(record)
+        line = run_line(run_report(record, last), loop)
+        return line if loop else {**line, "round_number": len(texts)}
+
     def _loop(self, record: RunRecord) -> Any:
         active = self._server.runs.active
         return active if active and active.context.run_id == record.run_id else None
+
+
+def _certificate_left_s(request: Request) -> float | None:
+    """For how long the device's certificate is good; its own clock may be wrong."""
+    not_after = request.scope.get("extensions", {}).get("legend.peer", {}).get("not_after")
+    return None if not_after is None else float(not_after) - time.time()
 
 
 def _is_loopback(host: str) -> bool:
@@ -229,14 +286,15 @@ async def _known_error(_request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, kind):
             status = code
     name = type(error).__name__
-    return JSONResponse({"error": name, "detail": str(error)}, status_code=status)
+    detail = one_line(error, longest=1000)
+    return JSONResponse({"error": name, "detail": detail}, status_code=status)
 
 
 async def _bad_request(_request: Request, error: Exception) -> JSONResponse:
     detail = "the request is not understood"
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        detail = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        detail = one_line(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
     return JSONResponse({"error": "bad_request", "detail": detail}, status_code=422)
 
 

@@ -191,7 +191,7 @@ def _json_object(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
@@ -221,7 +221,16 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(raw)
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        for entry in tensors.values():
+            tuple(entry["shape"])
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(f"{path} is not a safetensors file; download it again") from error
     if path.stat().st_size != 8 + length + max(ends, default=0):
         raise ConfigError(f"{path} is cut off or damaged; download it again")

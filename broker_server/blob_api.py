@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -16,6 +17,8 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from broker_server.access import IDENTITY, Identity, Refusal
+from broker_server.blob_rights import BlobRights
 from broker_server.blobs import (
     BlobStore,
     DiskFull,
@@ -25,8 +28,9 @@ from broker_server.blobs import (
     WrongDigest,
     WrongOffset,
 )
-from wire_protocol.errors import LegendError, ProtocolError
-from wire_protocol.messages import BlobRef
+from broker_server.device_uploads import TooManyUploads
+from wire_protocol.errors import LegendError, ProtocolError, one_line
+from wire_protocol.parts import BlobRef
 
 log = structlog.get_logger()
 
@@ -49,6 +53,8 @@ def blob_router(
     *,
     dependencies: Sequence[params.Depends] = (),
     on_complete: Callable[[str], None] | None = None,
+    rights: BlobRights | None = None,
+    on_refused: Callable[[Refusal, Request], Response] | None = None,
 ) -> APIRouter:
     """The routes below ``/v1``.
 
@@ -56,8 +62,12 @@ def blob_router(
         store: where blobs are kept.
         dependencies: checks that run before every route, e.g. of the token.
         on_complete: told the digest of every upload that became complete.
+        rights: of devices, for their uploads; None: uploads have no owners.
+        on_refused: answers a device that has no right to its request.
     """
-    routes = _BlobRoutes(store, on_complete or (lambda _sha256: None))
+    routes = _BlobRoutes(
+        store, on_complete or (lambda _sha256: None), rights, on_refused or _plain_refusal
+    )
     router = APIRouter(prefix="/v1", dependencies=list(dependencies))
     router.add_api_route("/blobs", routes.announce, methods=["POST"])
     router.add_api_route("/blobs/{sha256}", routes.append, methods=["PATCH"])
@@ -68,23 +78,54 @@ def blob_router(
     return router
 
 
+@dataclass(frozen=True)
+class _Uploads:
+    """One of the places that uploads go to."""
+
+    open: Callable[[str, int], Upload]
+    append: Callable[[str, int, bytes], Upload]
+
+
 class _BlobRoutes:
     """The handlers and what they share."""
 
-    def __init__(self, store: BlobStore, on_complete: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        on_complete: Callable[[str], None],
+        rights: BlobRights | None,
+        on_refused: Callable[[Refusal, Request], Response],
+    ) -> None:
         self._store = store
         self._on_complete = on_complete
+        self._rights = rights
+        self._on_refused = on_refused
+
+    def _uploads_for(self, request: Request, size_bytes: int = 0) -> _Uploads | Refusal:
+        """Where this request's uploads go: to the asking device's own place, or the server's."""
+        identity = request.scope.get(IDENTITY)
+        owner = identity.owner if isinstance(identity, Identity) else None
+        if owner is None or self._rights is None:
+            return _Uploads(self._store.open_upload, self._store.append)
+        refusal = self._rights.may_send(owner, size_bytes)
+        if refusal is not None:
+            return refusal
+        uploads = self._rights.uploads
+        return _Uploads(partial(uploads.open_upload, owner), partial(uploads.append, owner))
 
     async def announce(self, request: Request) -> Response:
         """Say what will be uploaded; the answer says from which offset."""
         try:
             body = await _small_body(request)
             wanted = BlobRef.model_validate_json(body)
-            upload = await to_thread.run_sync(
-                self._store.open_upload, wanted.sha256, wanted.size_bytes
-            )
+            uploads = self._uploads_for(request, wanted.size_bytes)
+            if isinstance(uploads, Refusal):
+                return self._on_refused(uploads, request)
+            upload = await to_thread.run_sync(uploads.open, wanted.sha256, wanted.size_bytes)
         except ValidationError as error:
             return _error(400, "bad_request", _first_line(error))
+        except TooManyUploads as error:
+            return self._on_refused(Refusal(403, "too_many_uploads", str(error)), request)
         except LegendError as error:
             return _answer_to(error)
         if upload.complete:
@@ -94,12 +135,16 @@ class _BlobRoutes:
     async def append(self, sha256: str, request: Request) -> Response:
         """Add the body to an upload at ``Upload-Offset``."""
         text = request.headers.get("upload-offset", "")
-        if not text.isdecimal():
+        offset = _number_of_bytes(text)
+        if offset is None:
             return _error(400, "bad_request", "the header Upload-Offset must be a number of bytes")
-        upload = Upload(complete=False, offset=int(text))
+        upload = Upload(complete=False, offset=offset)
+        uploads = self._uploads_for(request)
+        if isinstance(uploads, Refusal):
+            return self._on_refused(uploads, request)
         try:
             async for piece in _pieces(request):
-                upload = await to_thread.run_sync(self._store.append, sha256, upload.offset, piece)
+                upload = await to_thread.run_sync(uploads.append, sha256, upload.offset, piece)
         except ClientDisconnect:
             # What arrived is kept; nobody is there to read an answer.
             return Response(status_code=400)
@@ -131,9 +176,9 @@ class _BlobRoutes:
 async def probe_down(request: Request) -> Response:
     """Random bytes, which no link can compress, to measure the way down."""
     text = request.query_params.get("bytes", "0")
-    if not text.isdecimal() or int(text) > LARGEST_PROBE_BYTES:
+    size_bytes = _number_of_bytes(text)
+    if size_bytes is None or size_bytes > LARGEST_PROBE_BYTES:
         return _error(400, "bad_request", f"bytes must be 0 to {LARGEST_PROBE_BYTES}")
-    size_bytes = int(text)
     return StreamingResponse(
         _random_bytes(size_bytes),
         media_type="application/octet-stream",
@@ -184,6 +229,15 @@ async def _small_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def _number_of_bytes(text: str) -> int | None:
+    """Read a count; Python refuses to convert thousands of digits with an error of its own."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
+
+
+def _plain_refusal(refusal: Refusal, _request: Request) -> Response:
+    return _error(refusal.status, refusal.reason, refusal.detail)
+
+
 def _answer_to(error: LegendError) -> Response:
     for kind, (status, code) in _ANSWERS.items():
         if isinstance(error, kind):
@@ -199,4 +253,4 @@ def _error(status: int, code: str, detail: str, more: dict[str, int] | None = No
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "body"
-    return f"{place}: {first['msg']}"
+    return one_line(f"{place}: {first['msg']}")

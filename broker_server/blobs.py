@@ -21,6 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from wire_protocol.durable import (
+    DONE,
+    move_into_place,
+    reached,
+    remove_file,
+    sync,
+    write_in_halves,
+)
 from wire_protocol.errors import ConfigError, ProtocolError, ServerUnavailable
 
 LARGEST_BLOB_BYTES = 8 * 1024**3
@@ -139,12 +147,35 @@ class BlobStore:
             temporary = Path(name)
             try:
                 with os.fdopen(descriptor, "wb") as file:
-                    file.write(content)
+                    write_in_halves(file, content, site="server.blob")
                 self._publish(temporary, sha256)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
         return sha256
+
+    def adopt(self, other: BlobStore, sha256: str) -> None:
+        """Take a complete blob of another store on the same disk in, unless it is here.
+
+        Raises:
+            NoSuchBlob: the other store does not have it.
+        """
+        with self._locked(sha256), _disk_errors():
+            if self.has(sha256):
+                return
+            link = self._parts / f"adopted-{sha256}"
+            link.unlink(missing_ok=True)
+            try:
+                os.link(other.path(sha256), link)
+            except FileNotFoundError as error:
+                raise NoSuchBlob(f"no blob {sha256}") from error
+            self._publish(link, sha256)
+
+    def digests(self) -> set[str]:
+        """Of everything that is here, complete or not; for small stores."""
+        parts = {part.name.partition(".")[0] for part in self._parts.iterdir()}
+        blobs = {path.name for path in self._root.glob("??/*")}
+        return {name for name in parts | blobs if _DIGEST.fullmatch(name)}
 
     def open_upload(self, sha256: str, size_bytes: int) -> Upload:
         """Begin an upload, or find out where to continue it.
@@ -193,7 +224,8 @@ class BlobStore:
             if offset + len(piece) > size_bytes:
                 raise TooLarge(f"upload of more than the announced {size_bytes} bytes")
             with part.open("ab") as file:
-                file.write(piece)
+                write_in_halves(file, piece, site="server.upload")
+            reached("server.upload", DONE)
             if offset + len(piece) == size_bytes:
                 self._finish(part, sha256, size_bytes)
                 return Upload(complete=True, offset=size_bytes)
@@ -202,7 +234,7 @@ class BlobStore:
     def remove(self, sha256: str) -> None:
         """Drop a blob and its upload, if they are here."""
         with self._locked(sha256):
-            self.path(sha256).unlink(missing_ok=True)
+            remove_file(self.path(sha256), site="server.blob.spent")
             for part in self._parts.glob(f"{sha256}.*"):
                 part.unlink(missing_ok=True)
 
@@ -238,9 +270,8 @@ class BlobStore:
     def _publish(self, temporary: Path, sha256: str) -> None:
         target = self.path(sha256)
         target.parent.mkdir(mode=0o700, exist_ok=True)
-        _sync(temporary)
-        temporary.replace(target)
-        _sync(target.parent)
+        sync(temporary)
+        move_into_place(temporary, target, site="server.blob")
 
     def _check_space(self, missing_bytes: int) -> None:
         disk = os.statvfs(self._parts)
@@ -287,11 +318,3 @@ def _digest_of(path: Path) -> str:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

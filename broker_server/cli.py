@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 
+from broker_server.pki_cli import pki
+from broker_server.signing_cli import signing_key
+from broker_server.token_cli import token
 from wire_protocol.command_line import OneLineErrors, configure_logging
 
 
@@ -15,6 +18,11 @@ from wire_protocol.command_line import OneLineErrors, configure_logging
 @click.version_option(package_name="legend-edge")
 def main() -> None:
     """Lead a fleet: assign LoRA configs, collect updates, aggregate."""
+
+
+main.add_command(token)
+main.add_command(pki)
+main.add_command(signing_key)
 
 
 @main.command()
@@ -43,6 +51,29 @@ def serve(settings_file: Path | None, log_level: str) -> None:
     from broker_server.app import serve as serve_until_stopped
 
     anyio.run(serve_until_stopped, settings)
+
+
+@main.command()
+@click.argument("file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--settings",
+    "settings_file",
+    type=click.Path(path_type=Path),
+    envvar="BROKER_SERVER_SETTINGS",
+    help="Settings file (YAML) of the server that will use it.",
+)
+@click.option("--force", is_flag=True, help="Move the state that is there aside.")
+def restore(file: Path, settings_file: Path | None, *, force: bool) -> None:
+    """Put a backup made by legend backup into state_dir; the server must not run.
+
+    Every byte is checked before anything changes. A run that was running goes on
+    when the server starts.
+    """
+    from broker_server.restore import restore as restore_backup
+    from broker_server.settings import load_settings
+
+    for line in restore_backup(file, load_settings(settings_file), force=force):
+        click.echo(line)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ OWN_METHOD = "legend"
 
 _MAY_DIFFER = frozenset(
     {"name", "method", "strategy", "strategy_options", "seed", "rounds", "target_accuracy", "codec",
-     "threads"}
+     "privacy", "threads"}
 )  # fmt: skip
 """Settings in which compared runs may differ; the rest is the experiment."""
 
@@ -59,13 +59,14 @@ class SimulatedRun:
 
     def converged(self, key: str) -> float:
         """Mean of the last evaluations of one figure."""
-        values = [float(line[key]) for line in self.lines[-CONVERGED:]]
+        values = [float(line[key]) for line in self.lines if key in line][-CONVERGED:]
         return sum(values) / len(values)
 
     @property
     def quality(self) -> float:
         """Converged accuracy on the test file, or on the only file there is."""
-        return self.converged("test_accuracy" if "test_accuracy" in self.lines[-1] else "accuracy")
+        tested = any("test_accuracy" in line for line in self.lines)
+        return self.converged("test_accuracy" if tested else "accuracy")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Cost:
     bytes_up: int
     bytes_down: int
     reached: bool
+    energy_j: float | None = None
 
     @property
     def bytes_total(self) -> int:
@@ -104,6 +106,7 @@ class MethodRow:
     bytes_up: Amount
     bytes_down: Amount
     bytes_total: Amount
+    energy_j: Amount | None
     waiting_s: float
     final: float
 
@@ -230,7 +233,13 @@ def cost_to(run: SimulatedRun, target: float) -> Cost:
         bytes_up=sum(int(line["bytes_up"]) for line in spent),
         bytes_down=sum(int(line["bytes_down"]) for line in spent),
         reached=first is not None,
+        energy_j=_sum_known([line.get("energy_j") for line in spent]),
     )
+
+
+def _sum_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def paired_ratio(pairs: Sequence[tuple[Cost, Cost]], amount: Callable[[Cost], float]) -> Ratio:
@@ -297,6 +306,9 @@ def _row(
         bytes_up=mean(lambda cost: cost.bytes_up),
         bytes_down=mean(lambda cost: cost.bytes_down),
         bytes_total=mean(lambda cost: cost.bytes_total),
+        energy_j=None
+        if any(cost.energy_j is None for cost in spent)
+        else mean(lambda cost: cost.energy_j or 0.0),
         waiting_s=_mean([_mean([float(x["waiting_s"]) for x in run.lines[1:]]) for run in runs]),
         final=_mean([run.quality for run in runs]),
     )

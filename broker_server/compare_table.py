@@ -18,7 +18,7 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
         f"{comparison.target_from}, held twice"
     )
     costs = Table(title=title, title_justify="left")
-    columns = ("method", "seeds", "there", "time", "rounds", "up", "down", "traffic",
+    columns = ("method", "seeds", "there", "time", "rounds", "up", "down", "traffic", "energy",
                "mean waiting", "final (last 5)")  # fmt: skip
     for column in columns:
         costs.add_column(column, justify="left" if column == "method" else "right")
@@ -32,6 +32,7 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
             _amount(row.bytes_up, as_bytes),
             _amount(row.bytes_down, as_bytes),
             _amount(row.bytes_total, as_bytes),
+            NONE if row.energy_j is None else _amount(row.energy_j, _as_energy),
             as_seconds(row.waiting_s),
             f"{row.final:.4f}",
         )
@@ -43,6 +44,10 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
             saving = comparison.savings[baseline][method]
             gains.add_row(method, baseline, _ratio(speedup), _ratio(saving), str(speedup.seeds))
     return Group(costs, gains) if gains.row_count else costs
+
+
+def _as_energy(joules: float) -> str:
+    return f"{joules / 3600:.2f} Wh" if joules >= 3600 else f"{joules:.0f} J"
 
 
 def _amount(amount: Amount, write: Callable[[float], str]) -> str:

@@ -18,7 +18,9 @@ from enum import Enum
 
 from typing_extensions import assert_never
 
+from broker_server.learned_tokens import learned_tokens
 from broker_server.open_round import OpenRound
+from broker_server.prefix_book import PrefixBook
 from broker_server.round_summary import summarise
 from broker_server.run_events import (
     Acknowledge,
@@ -51,13 +53,11 @@ from broker_server.run_state import (
 )
 from broker_server.strategies import DeviceCapacity, Strategy
 from broker_server.strategies.learning import RoundOutcome, learn_from_round
-from wire_protocol.messages import BlobRef, UpdateManifest
+from wire_protocol.messages import UpdateManifest
+from wire_protocol.parts import BlobRef
 
 RESUME_SETTLE_S = 5.0
 """Longer than the jitter with which devices answer a restarted server."""
-
-TOKENS_RHO = 0.7
-"""Weight of the old value in the moving average of tokens per step."""
 
 
 class Phase(str, Enum):
@@ -99,11 +99,12 @@ class Coordinator:
         self.tokens_per_step = checkpoint.tokens_per_step
         self.devices: dict[str, KnownDevice] = {}
         self.round: OpenRound | None = None
+        self.prefix = PrefixBook(plan.prefix, checkpoint.prefix)
         self._parts = dict(checkpoint.members)
         self._finished = checkpoint.finished
         self._settle_until = -math.inf
         self._recorded = dict(recorded or {})
-        self._new_adapter: BlobRef | None = None
+        self._aggregation: RoundAggregated | None = None
         self._prepare_until = math.inf
         self._duration_s = 0.0
 
@@ -257,7 +258,7 @@ class Coordinator:
 
     def _cohort(self) -> list[DeviceCapacity]:
         able = {
-            name: known.capacity
+            name: self.prefix.known(known.capacity)
             for name, known in sorted(self.devices.items())
             if known.online and known.capacity
         }
@@ -269,6 +270,7 @@ class Coordinator:
         return [able[name] for name in sorted(names)]
 
     def _begin_round(self, now: float) -> list[Action]:
+        self.prefix.begin_round(self.round_number)
         shape = replace(self.plan.shape, tokens_per_step=self.tokens_per_step)
         configuration = self.strategy.configure(shape, self._cohort(), self.round_number)
         for device_id, reason in configuration.refused.items():
@@ -277,13 +279,13 @@ class Coordinator:
             return self._end(RunStatus.FAILED, self._nobody())
         self._parts = {
             device_id: MemberCheckpoint(
-                assignment_id=(
-                    f"{self.plan.run_id}.{self.round_number}-{self.attempt}.{device_id}"
-                ),
+                assignment_id=self.plan.assignment_id(self.round_number, self.attempt, device_id),
                 ranks=plan.lora.ranks,
                 steps=plan.steps,
                 predicted_s=plan.predicted_s,
                 factors=plan.factors,
+                base=self.prefix.base(plan.lora.depth),
+                prefix=self.prefix.prefix(plan.lora.depth),
             )
             for device_id, plan in sorted(configuration.plans.items())
         }
@@ -344,7 +346,7 @@ class Coordinator:
         if self.phase is not Phase.AGGREGATING or self.round is None:
             return []
         self.phase = Phase.EVALUATING
-        self._new_adapter = event.adapter
+        self._aggregation = event
         self._duration_s = now - self.round.began
         return [EvaluateAdapter(self.round_number, event.adapter)]
 
@@ -354,20 +356,21 @@ class Coordinator:
             self.round_number = 1
             learn_from_round(self.strategy, RoundOutcome(0, event.accuracy, 0.0))
             return [SaveCheckpoint(self._checkpoint(), baseline=event), *self._prepare(now)]
-        if self.phase is not Phase.EVALUATING or self.round is None or self._new_adapter is None:
+        if self.phase is not Phase.EVALUATING or self.round is None or self._aggregation is None:
             return []
         result = summarise(
             self.round_number,
             event,
             self.round.members,
+            aggregated=self._aggregation,
             collected_s=self.round.collected_s,
             duration_s=self._duration_s,
         )
         outcome = RoundOutcome(self.round_number, event.accuracy, self._duration_s)
         learn_from_round(self.strategy, outcome)
-        self._learn_tokens(self.round)
+        self._learn(self.round, self._aggregation)
         done = self.round_number
-        self.adapter, self._new_adapter = self._new_adapter, None
+        self.adapter, self._aggregation = self._aggregation.adapter, None
         self.round_number, self.attempt = done + 1, 0
         self.round, self._parts = None, {}
         target = self.plan.target_accuracy
@@ -380,11 +383,10 @@ class Coordinator:
             return [saved, *self._end(RunStatus.FINISHED, self._finished)]
         return [saved, *self._prepare(now)]
 
-    def _learn_tokens(self, open_round: OpenRound) -> None:
-        reports = [m.manifest.report for m in open_round.members.values() if m.manifest]
-        steps = sum(report.steps_done for report in reports)
-        measured = sum(report.tokens for report in reports) / max(1, steps)
-        self.tokens_per_step = TOKENS_RHO * self.tokens_per_step + (1 - TOKENS_RHO) * measured
+    def _learn(self, open_round: OpenRound, aggregated: RoundAggregated) -> None:
+        updates = {name: m.manifest for name, m in open_round.members.items() if m.manifest}
+        self.prefix.learn(updates, aggregated.cuts)
+        self.tokens_per_step = learned_tokens(self.tokens_per_step, updates.values())
 
     def _checkpoint(self) -> RunCheckpoint:
         return RunCheckpoint(
@@ -395,4 +397,5 @@ class Coordinator:
             tokens_per_step=self.tokens_per_step,
             members=self._parts,
             finished=self._finished,
+            prefix=self.prefix.checkpoint(),
         )

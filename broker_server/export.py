@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from broker_server.base_model import read_config, read_tensor, tensor_shapes
+from wire_protocol.durable import move_into_place, reached, write_in_halves
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import LORA_SCALE
 from wire_protocol.model_family import (
@@ -241,7 +242,7 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, content in files.items():
             with (fresh / name).open("wb") as stream:
-                stream.write(content)
+                write_in_halves(stream, content, site="server.adapter")
                 stream.flush()
                 os.fsync(stream.fileno())
         fresh.chmod(0o755)
@@ -256,7 +257,8 @@ def put_in_place(fresh: Path, folder: Path) -> None:
     outdated = fresh.with_name(fresh.name + ".old")
     if folder.exists():
         folder.rename(outdated)
-    fresh.rename(folder)
+        reached("server.adapter", "aside")
+    move_into_place(fresh, folder, site="server.adapter")
     shutil.rmtree(outdated, ignore_errors=True)
 
 

@@ -17,18 +17,18 @@ from broker_server.strategies import (
     device_capacity,
     observe,
 )
-from wire_protocol.messages import (
-    PROTOCOL_VERSION,
-    Birth,
-    CapabilityProfile,
-    Heartbeat,
-    UpdateManifest,
-)
+from wire_protocol.messages import Birth, Heartbeat, UpdateManifest
+from wire_protocol.parts import CapabilityProfile
+from wire_protocol.versions import protocol_problem
 
 MISSED_HEARTBEATS = 3
 """A lease lasts this many heartbeat intervals."""
 MOST_UNMEASURABLE = 100
 """Base models that a device may say it could not measure; nobody has more."""
+USED_TWICE_S = 600.0
+"""Two agents of one name are seen anew well within this: they retry every two minutes at most."""
+USED_TWICE = "two agents use this device id; stop one, or give it another device_id"
+REMEMBERED_BOOTS = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,14 @@ class NeedsRebirth:
     device_id: str
 
 
-Change = Joined | Left | NeedsRebirth
+@dataclass(frozen=True)
+class UsedTwice:
+    """Two agents take turns under one name."""
+
+    device_id: str
+
+
+Change = Joined | Left | NeedsRebirth | UsedTwice
 
 
 @dataclass
@@ -71,6 +78,9 @@ class DeviceRecord:
     estimate: CapacityEstimate | None = None
     unmeasurable: dict[str, str] = field(default_factory=dict)
     """Digest of a base model -> why it could not be measured with it."""
+    boots: dict[str, int] = field(default_factory=dict)
+    """The last boots that were born under this name -> the last session number of each."""
+    used_twice_until: float | None = None
 
     @property
     def lease_s(self) -> float:
@@ -99,15 +109,26 @@ class Fleet:
         record.not_training = birth.not_training
         same_power = known and known.capability.fingerprint == birth.capability.fingerprint
         rebooted = known is not None and known.birth.boot_id != birth.boot_id
+        twice = known is not None and _returned(known, sid, birth)
         if known:
             record.note = known.note
+            record.used_twice_until = known.used_twice_until
+            record.boots = dict(list(known.boots.items())[-REMEMBERED_BOOTS:])
+        record.boots.pop(birth.boot_id, None)
+        record.boots[birth.boot_id] = sid
+        changes: list[Change] = []
+        if twice:
+            if record.used_twice_until is None:
+                changes.append(UsedTwice(device_id))
+            record.used_twice_until, record.note = now + USED_TWICE_S, USED_TWICE
         if known and same_power:
             record.estimate = known.estimate
+        record.note = protocol_problem(birth.protocol) or record.note
         self.devices[device_id] = record
         if known and known.online and rebooted:
             # Nobody told us of its end; what it worked on is gone.
-            return [Left(device_id, "it started again"), Joined(device_id)]
-        return [Joined(device_id)]
+            changes.append(Left(device_id, "it started again"))
+        return [*changes, Joined(device_id)]
 
     def heartbeat(self, device_id: str, sid: int, heartbeat: Heartbeat, now: float) -> list[Change]:
         """A device is still there."""
@@ -155,6 +176,9 @@ class Fleet:
         """End every lease that ran out."""
         changes: list[Change] = []
         for device_id, known in self.devices.items():
+            if known.used_twice_until is not None and now >= known.used_twice_until:
+                known.used_twice_until, known.note = None, ""
+                changes += [Joined(device_id)] if known.online else []
             if known.online and now >= known.last_seen + known.lease_s:
                 known.online = False
                 silence_s = now - known.last_seen
@@ -163,8 +187,10 @@ class Fleet:
 
     def next_deadline(self) -> float | None:
         """When ``expire`` will next find something."""
-        leases = [d.last_seen + d.lease_s for d in self.devices.values() if d.online]
-        return min(leases, default=None)
+        devices = self.devices.values()
+        times = [known.last_seen + known.lease_s for known in devices if known.online]
+        times += [known.used_twice_until for known in devices if known.used_twice_until is not None]
+        return min(times, default=None)
 
     def learn(self, device_id: str, manifest: UpdateManifest, *, rho: float) -> None:
         """Move the capacity estimate toward what a round really cost.
@@ -200,11 +226,10 @@ class Fleet:
             only has to measure itself first.
         """
         known = self.devices[device_id]
-        if PROTOCOL_VERSION not in known.birth.protocol:
-            return (
-                None,
-                f"speaks protocol {known.birth.protocol}, not {PROTOCOL_VERSION}; update it",
-            )
+        if problem := protocol_problem(known.birth.protocol):
+            return None, problem
+        if known.used_twice_until is not None:
+            return None, USED_TWICE
         if known.not_training:
             return None, f"does not train now: {known.not_training}"
         report = known.birth.datasets.get(dataset)
@@ -229,6 +254,12 @@ class Fleet:
             examples=report.examples,
         )
         return capacity, ""
+
+
+def _returned(known: DeviceRecord, sid: int, birth: Birth) -> bool:
+    """Whether a boot speaks anew after another one had taken its place; resends do not count."""
+    before = known.boots.get(birth.boot_id)
+    return birth.boot_id != known.birth.boot_id and before is not None and sid > before
 
 
 def _estimate_from(capability: CapabilityProfile) -> CapacityEstimate:

@@ -12,6 +12,7 @@ from pathlib import Path
 from broker_server.base_model import ModelFile, digest_of, read_config, tensor_shapes
 from broker_server.blobs import BlobStore
 from broker_server.store import ModelRow, Store
+from wire_protocol.durable import move_into_place, sync
 from wire_protocol.errors import ConfigError
 from wire_protocol.model_family import ModelShape, model_shape
 
@@ -39,6 +40,8 @@ class ModelRegistry:
         """
         for file in files:
             path = Path(file.path)
+            if not file.path.isprintable():
+                raise ConfigError(f"model file path {file.path!r} holds characters without a shape")
             if path.is_absolute() or ".." in path.parts or not path.name:
                 raise ConfigError(f"model file path {file.path!r} must stay inside the model")
             if not self.blobs.has(file.sha256):
@@ -95,7 +98,9 @@ class ModelRegistry:
             target = partial / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(self.blobs.path(file.sha256), target)
-        partial.rename(folder)
+        for inner in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            sync(inner)
+        move_into_place(partial, folder, site="server.base_model")
         return folder
 
 

@@ -135,6 +135,11 @@ class ServerLink:
         return self._online
 
     @property
+    def waiting(self) -> int:
+        """Events that nobody has received yet; when it is full, the broker keeps the rest."""
+        return self._inbox.waiting if self._inbox else 0
+
+    @property
     def alive(self) -> bool:
         """Whether the network thread runs; false before the start and after the stop."""
         return self._thread is not None and self._thread.is_alive()
@@ -210,7 +215,7 @@ class ServerLink:
         # Its presence makes paho leave every write to the network thread.
         client.on_socket_register_write = lambda _client, _data, _sock: None
         client.will_set(self._state_topic, self._state(online=False), qos=1, retain=True)
-        client.connect_async(address.host, address.port, keepalive=30)
+        client.connect_async(address.host, address.port, keepalive=60)
         return client
 
     def _run(self) -> None:
@@ -374,6 +379,10 @@ class _Inbox:
             return
         with suppress(RuntimeError):  # the event loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._sender.send_nowait, event)
+
+    @property
+    def waiting(self) -> int:
+        return self._receiver.statistics().current_buffer_used
 
     async def get(self) -> ServerEvent:
         event = await self._receiver.receive()

@@ -38,7 +38,8 @@ from broker_server.run_state import (
     RunPlan,
 )
 from wire_protocol.lora import LoraConfig
-from wire_protocol.messages import BlobRef, RoundStart, UpdateManifest
+from wire_protocol.messages import RoundStart, UpdateManifest
+from wire_protocol.parts import BlobRef
 
 LONGEST_ROUND_S = 1e7
 DEADLINE_FACTOR = 3.0
@@ -181,7 +182,7 @@ class OpenRound:
             return []  # a resend; the check that runs will answer under the same id
         if self.closed or not member.pending:
             return [_rejected(event, "stale")]
-        if manifest.base_sha256 != self.adapter.sha256:
+        if manifest.base_sha256 != (member.checkpoint.base or self.adapter).sha256:
             return self._refuse(event, member, "wrong_base", "not against this round's adapter")
         if problem := _rank_problem(manifest.ranks, member.checkpoint.ranks):
             return self._refuse(event, member, "malformed", problem)
@@ -229,7 +230,8 @@ class OpenRound:
             deadline_s=min(LONGEST_ROUND_S, max(1.0, self.until - now)),
             seed=int.from_bytes(seed[:4], "big"),
             recipe=self.plan.recipe,
-            adapter=self.adapter,
+            adapter=part.base or self.adapter,
+            prefix=part.prefix,
             model_digest=self.plan.model_digest,
         )
 

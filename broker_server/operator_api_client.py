@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -48,6 +49,7 @@ class OperatorApi:
     Args:
         url: address of the server, e.g. ``http://127.0.0.1:8300``.
         token: sent as bearer token; None where the server wants none.
+        ca: for https, ``ca.pem`` of the fleet; None trusts the system's authorities.
 
     Every method raises, besides what it says itself:
 
@@ -58,7 +60,7 @@ class OperatorApi:
         ProtocolError: what answers is no LEGEND server.
     """
 
-    def __init__(self, url: str, *, token: str | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None = None, ca: Path | None = None) -> None:
         self._url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
@@ -69,6 +71,7 @@ class OperatorApi:
                 headers=headers,
                 timeout=_TIMEOUT_S,
                 trust_env=self._url.startswith("https:"),
+                verify=_believing(ca) if ca else True,
             )
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"{url!r} is no server address: {error}") from error
@@ -92,9 +95,21 @@ class OperatorApi:
         """``GET /v1/health``."""
         return self._json("GET", "health")
 
+    def doctor(self) -> Json:
+        """``GET /v1/doctor``: what the server knows about its own health."""
+        return self._json("GET", "doctor")
+
     def devices(self) -> list[Json]:
         """``GET /v1/devices``."""
         return self._list("devices")
+
+    def enrolments(self) -> list[Json]:
+        """``GET /v1/enrolments``: who waits, and what was decided."""
+        return self._list("enrolments")
+
+    def decide(self, device_id: str, decision: str) -> None:
+        """``POST /v1/devices/{id}/{decision}``: accept, reject or revoke."""
+        self._checked(self._send("POST", f"devices/{_part(device_id)}/{decision}"))
 
     def models(self) -> list[Json]:
         """``GET /v1/models``."""
@@ -140,6 +155,10 @@ class OperatorApi:
             ProtocolError: the bytes are not those of the digest.
         """
         self._download(f"blobs/{_part(sha256)}", target, sha256=sha256, report=report)
+
+    def backup(self, target: Path, *, report: Report | None = None) -> None:
+        """``POST /v1/backup`` into a file that only its owner can read."""
+        self._download("backup", target, method="POST", mode=0o600, report=report)
 
     def upload_bytes(self, content: bytes) -> StoredEvaluation:
         """Store bytes in the server's blob store."""
@@ -198,11 +217,14 @@ class OperatorApi:
         path: str,
         target: Path,
         *,
+        method: str = "GET",
+        mode: int = 0o644,
         sha256: str | None = None,
         report: Report | None = None,
     ) -> None:
         digest, done = hashlib.sha256(), 0
-        with self._translated(), self._http.stream("GET", path) as answer, _replacing(target) as f:
+        stream = self._http.stream(method, path)
+        with self._translated(), stream as answer, _replacing(target, mode) as f:
             if answer.is_error:
                 answer.read()
             self._checked(answer)
@@ -225,6 +247,11 @@ class OperatorApi:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ConfigError(
+                    f"the certificate of {self._url} is not trusted: give the fleet's ca.pem with "
+                    "--ca or LEGEND_CA, and use a name that the certificate is for"
+                ) from error
             raise ServerUnavailable(
                 f"no server answers at {self._url}; start one with broker-server serve"
             ) from error
@@ -279,6 +306,13 @@ def fetch_model(api: OperatorApi, name_or_digest: str, folder: Path) -> None:
         api.download_blob(str(file["sha256"]), target)
 
 
+def _believing(ca: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca))
+    except OSError as error:
+        raise ConfigError(f"{ca} is no certificate of an authority: {error.strerror}") from error
+
+
 def _from_hub(model_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - optional
@@ -311,8 +345,8 @@ def _error_of(answer: httpx.Response, url: str) -> LegendError:
     text = detail if isinstance(detail, str) and detail else f"HTTP status {answer.status_code}"
     if answer.status_code in (400, 422):
         return ConfigError(text)
-    if answer.status_code in (401, 403):
-        return Refused(f"{text}; give the server's token with --token or LEGEND_TOKEN")
+    if answer.status_code == 401:
+        return Refused(f"{text}: --token or LEGEND_TOKEN")
     if answer.is_client_error:
         return Refused(text)
     return ServerUnavailable(f"the server at {url} failed: {text}")
@@ -337,12 +371,13 @@ def _json_or_none(answer: httpx.Response) -> object:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
+def _replacing(target: Path, mode: int) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``target`` once it is complete."""
     fresh = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        stream = fresh.open("wb")
+        fresh.unlink(missing_ok=True)
+        stream = os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror}") from error
     try:

@@ -9,19 +9,21 @@ imported inside the command that needs it, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker_server.care_cli import backup, doctor
+from broker_server.cli_output import as_json_option, print_answer
+from broker_server.devices_cli import devices
 from broker_server.simulation_cli import compare, simulate
-from wire_protocol.command_line import OneLineErrors, echo_json
+from broker_server.wheelhouse_cli import wheelhouse
+from wire_protocol.command_line import OneLineErrors
 from wire_protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from broker_server.operator_api_client import OperatorApi
 
 DEFAULT_SERVER = "http://127.0.0.1:8300"
@@ -32,16 +34,14 @@ class ServerAddress:
     """Where the server is and what it is shown."""
 
     url: str
-    token: str | None
+    token: str | None = field(repr=False)
+    ca: Path | None = None
 
     def connect(self) -> OperatorApi:
         """Open a client; nothing is sent yet."""
         from broker_server.operator_api_client import OperatorApi
 
-        return OperatorApi(self.url, token=self.token)
-
-
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+        return OperatorApi(self.url, token=self.token, ca=self.ca)
 
 
 @click.group("legend", cls=OneLineErrors)
@@ -58,31 +58,30 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 @click.option(
     "--token", envvar="LEGEND_TOKEN", show_envvar=True, help="Token, if the server wants one."
 )
+@click.option(
+    "--ca",
+    envvar="LEGEND_CA",
+    show_envvar=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="For https: ca.pem of the fleet. Default: the system's authorities.",
+)
 @click.pass_context
-def main(ctx: click.Context, server: str, token: str | None) -> None:
+def main(ctx: click.Context, server: str, token: str | None, ca: Path | None) -> None:
     """Fine-tune one language model on a fleet of devices with LEGEND.
 
     \b
     A first look:    legend demo
     With a fleet:    legend devices; legend model add FOLDER; legend launch RUN.yaml
     """  # noqa: D301 - click wants a real backspace
-    ctx.obj = ServerAddress(server, token)
+    ctx.obj = ServerAddress(server, token, ca)
 
 
+main.add_command(devices)
+main.add_command(backup)
+main.add_command(doctor)
 main.add_command(simulate)
 main.add_command(compare)
-
-
-@main.command()
-@as_json_option
-@click.pass_obj
-def devices(server: ServerAddress, as_json: bool) -> None:
-    """List the fleet: what each device measured and what data it has."""
-    with server.connect() as api:
-        found = api.devices()
-    from broker_server.tables import devices_table
-
-    _show(found, devices_table(found), as_json=as_json)
+main.add_command(wheelhouse)
 
 
 @main.group()
@@ -106,7 +105,7 @@ def model_add(server: ServerAddress, source: str, name: str | None, as_json: boo
 
     with server.connect() as api, show_transfers() as report:
         added = add_model(api, source, name=name, report=report)
-    _show(added, f"added {added['name']}, digest {added['digest']}", as_json=as_json)
+    print_answer(added, f"added {added['name']}, digest {added['digest']}", as_json=as_json)
 
 
 @model.command("list")
@@ -118,7 +117,7 @@ def model_list(server: ServerAddress, as_json: bool) -> None:
         found = api.models()
     from broker_server.tables import models_table
 
-    _show(found, models_table(found), as_json=as_json)
+    print_answer(found, models_table(found), as_json=as_json)
 
 
 @main.command()
@@ -172,7 +171,7 @@ def runs(server: ServerAddress, as_json: bool) -> None:
         found = api.runs()
     from broker_server.tables import runs_table
 
-    _show(found, runs_table(found), as_json=as_json)
+    print_answer(found, runs_table(found), as_json=as_json)
 
 
 @main.command()
@@ -185,7 +184,7 @@ def show(server: ServerAddress, run_id: str, as_json: bool) -> None:
         found = api.run(run_id)
     from broker_server.tables import run_overview
 
-    _show(found, run_overview(found), as_json=as_json)
+    print_answer(found, run_overview(found), as_json=as_json)
 
 
 @main.command()
@@ -271,7 +270,7 @@ def data_split(file: Path, *, out: Path, label: str, seed: int, as_json: bool, *
         minimum=skew["minimum"],
     )
     counts = split_file(file, out, label=label, options=options, seed=seed)
-    _show(counts, split_table(counts), as_json=as_json)
+    print_answer(counts, split_table(counts), as_json=as_json)
 
 
 @main.command()
@@ -325,18 +324,6 @@ def _newest(api: OperatorApi) -> str:
     if not found:
         raise ConfigError("there is no run to watch; start one with legend launch RUN.yaml")
     return str(found[-1]["run_id"])
-
-
-def _show(value: object, picture: RenderableType, *, as_json: bool) -> None:
-    """Print an answer for a program or for a person."""
-    if as_json:
-        echo_json(value)
-        return
-    from rich.console import Console
-
-    # A pipe has no width; tables must not be folded for it.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(picture, highlight=False)
 
 
 if __name__ == "__main__":

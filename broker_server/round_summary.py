@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from broker_server.run_events import AdapterEvaluated
+from broker_server.run_events import AdapterEvaluated, RoundAggregated
 from broker_server.run_state import Member, MemberResult, RoundResult
 
 
@@ -13,6 +13,7 @@ def summarise(
     evaluated: AdapterEvaluated,
     members: Mapping[str, Member],
     *,
+    aggregated: RoundAggregated,
     collected_s: float,
     duration_s: float,
 ) -> RoundResult:
@@ -22,6 +23,7 @@ def summarise(
         round_number: from 1.
         evaluated: the new global adapter on the held-out file.
         members: the cohort as it ended.
+        aggregated: what the aggregation found about the updates.
         collected_s: from the first assignment to the end of collecting; a
             device's waiting time is this minus its completion time.
         duration_s: from the first assignment to the new global adapter.
@@ -29,9 +31,10 @@ def summarise(
     Source: arXiv:2412.20004, average waiting time.
     """
     devices = tuple(
-        _member_result(device_id, member, collected_s)
+        _member_result(device_id, member, collected_s, _words(device_id, aggregated))
         for device_id, member in sorted(members.items())
     )
+    verdicts = {(one.device_id, one.verdict) for one in aggregated.findings}
     waits = [device.waiting_s for device in devices if device.waiting_s is not None]
     return RoundResult(
         round=round_number,
@@ -42,10 +45,20 @@ def summarise(
         bytes_up=sum(device.bytes_up for device in devices),
         bytes_down=sum(device.bytes_down for device in devices),
         devices=devices,
+        clipped=sum(verdict == "clipped" for _, verdict in verdicts),
+        refused=sum(verdict == "refused" for _, verdict in verdicts),
+        epsilon=aggregated.epsilon,
+        energy_j=_total([device.energy_j for device in devices if device.steps]),
     )
 
 
-def _member_result(device_id: str, member: Member, collected_s: float) -> MemberResult:
+def _words(device_id: str, aggregated: RoundAggregated) -> str:
+    """What was found about one device's update, in one line."""
+    mine = [one for one in aggregated.findings if one.device_id == device_id]
+    return "; ".join(f"{one.verdict}: {one.reason}" for one in mine)
+
+
+def _member_result(device_id: str, member: Member, collected_s: float, found: str) -> MemberResult:
     manifest = member.manifest
     ranks = manifest.ranks if manifest else member.checkpoint.ranks
     completion_s = member.completion_s
@@ -61,6 +74,12 @@ def _member_result(device_id: str, member: Member, collected_s: float) -> Member
         bytes_up=manifest.update.size_bytes if manifest else 0,
         bytes_down=manifest.report.download_bytes if manifest else 0,
         status=member.status.value,
-        detail=member.detail,
+        detail="; ".join(part for part in (member.detail, found) if part),
         emulated=manifest.emulated if manifest else None,
+        energy_j=manifest.report.energy_j if manifest else None,
     )
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from broker_server.prefix_book import AdapterCut
 from broker_server.run_state import MemberCheckpoint, RoundResult, RunCheckpoint, RunStatus
 from broker_server.strategies import DeviceCapacity
-from wire_protocol.messages import BlobRef, RoundStart, UpdateManifest
+from broker_server.strategies.defence import Finding
+from wire_protocol.messages import RoundStart, UpdateManifest
+from wire_protocol.parts import BlobRef
 
 # Events
 
@@ -76,9 +79,18 @@ class UpdateChecked:
 
 @dataclass(frozen=True)
 class RoundAggregated:
-    """The new global adapter is in the blob store."""
+    """The new global adapter is in the blob store.
+
+    Attributes:
+        findings: what was done about whose update.
+        epsilon: spent by the run so far, this round included; None without privacy.
+        cuts: the adapter parted at every depth; empty while the prefix is synced.
+    """
 
     adapter: BlobRef
+    findings: tuple[Finding, ...] = ()
+    epsilon: float | None = None
+    cuts: tuple[AdapterCut, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ there twice or be missing. Knows no torch and no database.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from broker_server.run_spec import PrivacySettings
 from broker_server.run_state import RoundResult
+from wire_protocol import durable
 
 METRICS_FILE = "metrics.jsonl"
 ASSIGNMENTS_FILE = "assignments.jsonl"
@@ -45,6 +46,7 @@ class RunReport:
         reason: why it ended, if there is more to say.
         baseline: None until round 0 was evaluated.
         rounds: committed rounds in order.
+        privacy: what the run promises its devices; None for nothing.
     """
 
     run_id: str
@@ -58,6 +60,7 @@ class RunReport:
     rounds_planned: int
     baseline: Baseline | None
     rounds: tuple[RoundResult, ...]
+    privacy: PrivacySettings | None = None
 
 
 def metrics_lines(report: RunReport) -> list[dict[str, object]]:
@@ -120,8 +123,21 @@ def summary(report: RunReport) -> dict[str, object]:
         "bytes_up": sum(result.bytes_up for result in rounds),
         "bytes_down": sum(result.bytes_down for result in rounds),
         "devices": len({device.device_id for device in devices}),
+        "updates_clipped": sum(result.clipped for result in rounds),
+        "updates_refused": sum(result.refused for result in rounds),
+        "privacy": _privacy(report),
         "emulated_devices": len({one.device_id for one in devices if one.emulated}),
     }
+
+
+def _privacy(report: RunReport) -> Mapping[str, object] | None:
+    if report.privacy is None:
+        return None
+    # Reckoning needs NumPy and SciPy; runs without privacy must not wait for them.
+    from broker_server.privacy import privacy_report  # noqa: PLC0415
+
+    done, planned = len(report.rounds), report.rounds_planned
+    return privacy_report(report.privacy, rounds_done=done, rounds_planned=planned)
 
 
 def rewrite(folder: Path, report: RunReport) -> None:
@@ -152,19 +168,27 @@ def list_files(folder: Path) -> Sequence[str]:
     )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: temporary name, flush to disk, rename."""
-    descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def says(folder: Path, status: str) -> bool:
+    """Whether ``summary.json`` gives this status."""
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(fresh).chmod(0o644)
-        Path(fresh).replace(path)
-    except BaseException:
-        Path(fresh).unlink(missing_ok=True)
-        raise
+        summary_now = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary_now, dict) and summary_now.get("status") == status
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed server had not finished; nobody may be writing there now."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file of results as a whole; anybody on this machine may read it."""
+    durable.write_durably(path, content, site="server.results", mode=0o644)
 
 
 def _json_lines(lines: Iterable[object]) -> bytes:

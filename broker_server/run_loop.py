@@ -18,36 +18,37 @@ from pathlib import Path
 from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
 from broker_server import run_events as events
+from broker_server.adapter_cuts import stored_cuts
 from broker_server.blobs import BlobStore
+from broker_server.board_bounds import cross_checked
 from broker_server.coordinator import Coordinator
+from broker_server.delivery import CANDIDATE_FOLDER, Delivery, RunContext
+from broker_server.disk_space import until_stored
 from broker_server.evaluator import Evaluator
-from broker_server.export import AdapterCard, export_adapter
-from broker_server.run_folder import ADAPTER_FOLDER
+from broker_server.privacy import epsilon_after
 from broker_server.run_state import RunStatus
 from broker_server.store import Store
-from broker_server.strategies.learning import saved_state
+from broker_server.strategies.learning import restore_state, saved_state
 from broker_server.update_bytes import new_adapter, problem_with
 from wire_protocol.errors import LegendError, ProtocolError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import (
     Ack,
     Benchmark,
-    BlobRef,
     Command,
     Progress,
     RoundCancel,
     UpdateManifest,
 )
-from wire_protocol.model_family import ModelShape
-from wire_protocol.tensors import MAX_ADAPTER_BYTES, decode, encode
+from wire_protocol.parts import BlobRef
+from wire_protocol.tensors import MAX_ADAPTER_BYTES, encode
 
 log = structlog.get_logger()
-
-CANDIDATE_FOLDER = ".candidate"
 
 
 class Post(Protocol):
@@ -58,19 +59,6 @@ class Post(Protocol):
 
     def ack(self, device_id: str, ack: Ack) -> None:
         """Answer a message."""
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What stays the same during a run, besides the plan."""
-
-    run_id: str
-    name: str
-    model_dir: Path
-    model_name: str
-    model_shape: ModelShape
-    labels: tuple[str, ...]
-    evaluation_sha256: str
 
 
 @dataclass
@@ -110,7 +98,7 @@ class RunLoop:
     ended: tuple[RunStatus, str] | None = None
 
     def __post_init__(self) -> None:
-        self._spent: set[str] = set()
+        self._delivery = Delivery(self.context, self.store, self.blobs, self.folder, self.on_commit)
         self._strategy_states: set[str] = set()
         self._send, self._receive = anyio.create_memory_object_stream[events.Event](math.inf)
 
@@ -123,26 +111,34 @@ class RunLoop:
         self._send.send_nowait(event)
 
     def progress(self, device_id: str, progress: Progress) -> None:
-        """Show what a device does; no decision depends on it."""
+        """Show what a member does with its assignment; no decision depends on it."""
+        open_round = self.coordinator.round
+        member = open_round.members.get(device_id) if open_round else None
+        if member is None or member.checkpoint.assignment_id != progress.assignment_id:
+            return
         self.live[device_id] = LiveMember(
             progress.phase, progress.step, progress.steps, progress.loss
         )
 
     async def run(self) -> tuple[RunStatus, str]:
         """Drive the run to its end."""
+        await until_stored(self._delivery.finish_last_commit, what="the last round")
         self.feed(events.RunStarted())
         ended: tuple[RunStatus, str] | None = None
         async with anyio.create_task_group() as tasks:
             while ended is None:
                 event = await self._next_event()
                 for action in self.coordinator.handle(event, time.monotonic()):
-                    await self._carry_out(action, tasks)
+                    work = functools.partial(self._carry_out, action, tasks)
+                    await until_stored(work, what=type(action).__name__)
                 ended = self.ended
             tasks.cancel_scope.cancel()
         return ended or (RunStatus.FAILED, "the run's loop ended without a decision")
 
     async def _next_event(self) -> events.Event:
         """What is queued comes first: a wake-up time that has passed must not hide it."""
+        # The events of two hundred updates at once must not keep everybody else waiting.
+        await anyio.lowlevel.checkpoint()
         try:
             return self._receive.receive_nowait()
         except anyio.WouldBlock:
@@ -169,7 +165,7 @@ class RunLoop:
             case events.CheckUpdate():
                 tasks.start_soon(self._check, action, name="check update")
             case events.RecordUpdate():
-                self._record(action)
+                await self._record(action)
             case events.Acknowledge():
                 self._acknowledge(action)
             case events.AggregateRound():
@@ -207,12 +203,15 @@ class RunLoop:
         )
         self.post.ack(action.device_id, ack)
 
-    def _record(self, action: events.RecordUpdate) -> None:
-        manifest = action.manifest
-        self.store.record_update(
-            manifest.run_id, manifest.round_number, action.device_id, manifest.model_dump_json()
+    async def _record(self, action: events.RecordUpdate) -> None:
+        manifest, number = action.manifest, action.manifest.round_number
+        text = manifest.model_dump_json()
+        # A disk takes its time to promise; the server listens meanwhile.
+        record = functools.partial(
+            self.store.record_update, manifest.run_id, number, action.device_id, text
         )
-        self.on_report(action.device_id, manifest)
+        await anyio.to_thread.run_sync(record)
+        self.on_report(action.device_id, self._cross_checked(action))
         self.live[action.device_id] = LiveMember(
             "updated",
             manifest.report.steps_done,
@@ -225,6 +224,17 @@ class RunLoop:
             round_number=manifest.round_number,
             size_bytes=manifest.update.size_bytes,
         )
+
+    def _cross_checked(self, action: events.RecordUpdate) -> UpdateManifest:
+        """The manifest with times that can be true of what was seen here."""
+        open_round = self.coordinator.round
+        member = open_round.members.get(action.device_id) if open_round else None
+        if member is None or member.completion_s is None:
+            return action.manifest
+        report, doubt = cross_checked(action.manifest.report, member.completion_s)
+        if doubt:
+            log.warning("times_not_believed", device_id=action.device_id, why=doubt)
+        return action.manifest.model_copy(update={"report": report})
 
     # Slow work, beside the loop
 
@@ -253,54 +263,70 @@ class RunLoop:
             manifest,
             context.model_shape,
             len(context.labels),
-            factors=action.assigned.factors,
+            assigned=action.assigned,
         )
 
     async def _aggregate(self, action: events.AggregateRound) -> None:
-        self._spent = {action.base.sha256} | {
+        self._delivery.spent = {action.base.sha256} | {
             update.manifest.update.sha256 for update in action.updates
         }
+        self._delivery.spent |= self.coordinator.prefix.checkpoint().blobs()
         try:
-            adapter = await anyio.to_thread.run_sync(self._new_adapter, action)
+            work = functools.partial(anyio.to_thread.run_sync, self._new_adapter, action)
+            aggregated = await until_stored(work, what="the new global adapter")
         except (LegendError, OSError, MemoryError) as error:
             log.exception("aggregation_failed", round_number=action.round_number)
             self.feed(events.StepBroke(f"aggregation failed: {error}"))
             return
-        self.feed(events.RoundAggregated(adapter))
+        for finding in aggregated.findings:
+            log.warning("update_not_in_full", round_number=action.round_number, **asdict(finding))
+        self.feed(aggregated)
 
-    def _new_adapter(self, action: events.AggregateRound) -> BlobRef:
+    def _new_adapter(self, action: events.AggregateRound) -> events.RoundAggregated:
         base, read = self.blobs.read(action.base.sha256), self.blobs.read
-        data = new_adapter(self.coordinator.strategy, base, action.updates, read=read)
-        return BlobRef(sha256=self.blobs.put(data), size_bytes=len(data))
+        strategy, open_round = self.coordinator.strategy, self.coordinator.round
+        members = open_round.members.values() if open_round else ()
+        before = saved_state(strategy)
+        try:
+            new = new_adapter(
+                strategy,
+                base,
+                action.updates,
+                read=read,
+                assigned=[member.checkpoint for member in members],
+            )
+            adapter = BlobRef(sha256=self.blobs.put(new.data), size_bytes=len(new.data))
+            cuts = stored_cuts(
+                self.blobs,
+                new.data,
+                self.context.model_shape.layer_count,
+                self.coordinator.plan.prefix,
+                next_round=action.round_number + 1,
+            )
+        except BaseException:
+            # It will be done again, where the disk was full: nothing may be learned twice.
+            restore_state(strategy, before)
+            raise
+        epsilon = self._epsilon(action.round_number)
+        return events.RoundAggregated(adapter, new.findings, epsilon, cuts)
+
+    def _epsilon(self, rounds: int) -> float | None:
+        privacy = self.context.privacy
+        return None if privacy is None else epsilon_after(privacy, rounds)
 
     async def _evaluate(self, action: events.EvaluateAdapter) -> None:
         metrics: dict[str, float | int | str | None] = {"round": action.round_number}
         # Hidden until its round is committed: the folder of results shows committed rounds.
-        export = functools.partial(self._export, action.adapter, metrics, CANDIDATE_FOLDER)
+        export = functools.partial(self._delivery.export, action.adapter, metrics, CANDIDATE_FOLDER)
         try:
-            folder = await anyio.to_thread.run_sync(export)
+            work = functools.partial(anyio.to_thread.run_sync, export)
+            folder = await until_stored(work, what="the adapter to evaluate")
             result = await self.evaluator.evaluate(folder)
         except (LegendError, OSError) as error:
             log.exception("evaluation_failed", round_number=action.round_number)
             self.feed(events.StepBroke(f"evaluation failed: {error}"))
             return
         self.feed(events.AdapterEvaluated(result.accuracy, result.loss))
-
-    def _export(
-        self, adapter: BlobRef, metrics: dict[str, float | int | str | None], name: str
-    ) -> Path:
-        """Write the adapter as a PEFT folder: what is evaluated is what is delivered."""
-        card = AdapterCard(
-            title=f"{self.context.name}, round {metrics['round']}",
-            base_model=self.context.model_name,
-            labels=self.context.labels,
-            metrics=metrics,
-        )
-        tensors = decode(self.blobs.read(adapter.sha256))
-        folder = self.folder / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        export_adapter(tensors, self.context.model_dir, folder, card=card)
-        return folder
 
     async def _save(self, action: events.SaveCheckpoint) -> None:
         result = action.result
@@ -310,7 +336,7 @@ class RunLoop:
             state = encode(tensors, Codec.FP32)
             ref = BlobRef(sha256=self.blobs.put(state), size_bytes=len(state))
             checkpoint = checkpoint.model_copy(update={"strategy_state": ref})
-            self._spent |= self._strategy_states - {ref.sha256}
+            self._delivery.spent |= self._strategy_states - {ref.sha256}
             self._strategy_states = {ref.sha256}
         self.store.save_checkpoint(
             self.context.run_id,
@@ -325,19 +351,7 @@ class RunLoop:
                 accuracy=round(result.accuracy, 4),
                 duration_s=round(result.duration_s, 2),
             )
-            metrics: dict[str, float | int | str | None] = {
-                "round": result.round,
-                "accuracy": result.accuracy,
-                "loss": result.loss,
-            }
-            adapter = action.checkpoint.adapter
-            export = functools.partial(self._export, adapter, metrics, ADAPTER_FOLDER)
-            await anyio.to_thread.run_sync(export)
-            await self.on_commit(self.context.run_id)
-            # Committed: nobody will ask again for what this round was made of.
-            for sha256 in self._spent - {adapter.sha256, self.context.evaluation_sha256}:
-                self.blobs.remove(sha256)
-            self._spent = set()
+            await self._delivery.after_commit(result, checkpoint)
         self.live.clear()
         self.commands.clear()
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from dataclasses import replace
 
 import anyio
 import structlog
 
 from broker_server import run_events as events
+from broker_server.board_bounds import bounds_of
 from broker_server.coordinator import Coordinator
+from broker_server.delivery import RunContext
+from broker_server.disk_space import until_stored
 from broker_server.evaluator import EvaluationSetup, Evaluator
 from broker_server.fleet import Fleet
 from broker_server.model_registry import ModelRegistry, shape_of
 from broker_server.plots import write_plots
-from broker_server.run_folder import rewrite
-from broker_server.run_loop import Post, RunContext, RunLoop, new_message_id
+from broker_server.run_folder import rewrite, says
+from broker_server.run_loop import Post, RunLoop, new_message_id
 from broker_server.run_setup import check_run, prepare_run
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import RoundResult, RunStatus
@@ -24,6 +29,7 @@ from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import RunRecord, Store
 from broker_server.strategies import Strategy
+from broker_server.strategies.capacity import believed
 from broker_server.strategies.learning import RoundOutcome, learn_from_round, restore_state
 from wire_protocol.errors import ConfigError, LegendError
 from wire_protocol.messages import UpdateManifest
@@ -76,7 +82,16 @@ class RunQueue:
             dataset=spec.dataset,
             labels=spec.labels if spec.task == "classification" else (),
         )
-        self._fleet.devices[device_id].note = note
+        known = self._fleet.devices[device_id]
+        # An imitated board has no speed of its own; every report says that it is one.
+        board = bounds_of(known.birth.board, loop.context.model_shape)
+        doubts: tuple[str, ...] = ()
+        if capacity is not None and board is not None and not known.birth.emulated:
+            capacity, doubts = believed(capacity, board)
+        doubted = "; ".join(doubts) and f"not believed: {'; '.join(doubts)}"
+        if doubted and doubted != known.note:
+            log.warning("capacity_not_believed", device_id=device_id, why=doubts)
+        known.note = note or doubted
         loop.feed(events.DeviceReported(device_id, capacity, note))
 
     def launch(self, spec: RunSpec) -> str:
@@ -120,6 +135,11 @@ class RunQueue:
         for record in self._store.runs():
             if record.status in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
                 self._queue.send_nowait(record.run_id)
+                continue
+            folder = self._state.runs / record.run_id
+            if folder.is_dir() and not says(folder, record.status):
+                # Killed between the end of this run and the last of its files.
+                await self._write_results(record.run_id)
         async for run_id in self._queued:
             found = self._store.run(run_id)
             if found and found.status in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
@@ -128,10 +148,10 @@ class RunQueue:
     async def _run(self, record: RunRecord) -> None:
         structlog.contextvars.bind_contextvars(run_id=record.run_id)
         try:
-            loop = await self._prepare(record)
+            loop = await until_stored(functools.partial(self._prepare, record), what="the run")
             if self._was_cancelled(record.run_id):
                 return
-            self._store.set_status(record.run_id, RunStatus.RUNNING.value)
+            await self._set_status(record.run_id, RunStatus.RUNNING)
             for device_id, known in self._fleet.devices.items():
                 if known.online:
                     self.report(device_id)
@@ -145,9 +165,15 @@ class RunQueue:
         finally:
             self.active = self._spec = None
         log.info("run_ended", status=status.value, reason=reason)
-        self._store.set_status(record.run_id, status.value, reason)
+        await self._set_status(record.run_id, status, reason)
         await self._write_results(record.run_id)
         structlog.contextvars.unbind_contextvars("run_id")
+
+    async def _set_status(self, run_id: str, status: RunStatus, reason: str = "") -> None:
+        async def save() -> None:
+            self._store.set_status(run_id, status.value, reason)
+
+        await until_stored(save, what="the run's status")
 
     def _was_cancelled(self, run_id: str) -> bool:
         record = self._store.run(run_id)
@@ -190,15 +216,17 @@ class RunQueue:
             shape,
             tuple(labels),
             spec.evaluation.sha256,
+            spec.privacy,
         )
         self._replay(record, prepared.strategy)
         if state := prepared.checkpoint.strategy_state:
             restore_state(prepared.strategy, decode(self._blobs.read(state.sha256)))
         rho = prepared.strategy.rho
         self._spec = spec
+        plan = replace(prepared.plan, life=self._state.life)
         self.active = RunLoop(
             context,
-            Coordinator(prepared.plan, prepared.strategy, prepared.checkpoint, recorded),
+            Coordinator(plan, prepared.strategy, prepared.checkpoint, recorded),
             self._store,
             self._blobs,
             self.evaluator,

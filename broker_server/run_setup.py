@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from broker_server.adapter_cuts import stored_cuts
 from broker_server.blobs import BlobStore
+from broker_server.prefix_book import PrefixCheckpoint
 from broker_server.privacy import epsilon_after, noise_source, privacy_rule
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import RunCheckpoint, RunPlan
 from broker_server.strategies import DeviceCapacity, RunShape, Strategy
+from broker_server.strategies.prefix import prefix_rule
 from broker_server.strategies.protected import protected_strategy
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.lora import Codec
-from wire_protocol.messages import BlobRef, Command, RoundStart, TrainingRecipe, encode_message
+from wire_protocol.messages import (
+    Command,
+    Prefix,
+    RoundStart,
+    TrainingRecipe,
+    encode_message,
+)
 from wire_protocol.model_family import FAMILIES, ModelShape, adapter_shapes
+from wire_protocol.parts import BlobRef
 from wire_protocol.tensors import encode
 
 BYTES_PER_VALUE = {Codec.FP32: 4.0, Codec.FP16: 2.0, Codec.INT8: 0.96, Codec.INT4: 0.45}
@@ -68,6 +78,7 @@ def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
         seed=0,
         recipe=recipe_of(spec),
         adapter=BlobRef(sha256="0" * 64, size_bytes=2**40),
+        prefix=Prefix(adapter=BlobRef(sha256="0" * 64, size_bytes=2**40)),
         model_digest="0" * 64,
     )
     try:
@@ -85,9 +96,10 @@ def strategy_of(spec: RunSpec) -> Strategy:
     Raises:
         ConfigError: an option is wrong, or two protections exclude each other.
     """
+    _, options = prefix_rule(spec.strategy, spec.strategy_options)
     return protected_strategy(
         spec.strategy,
-        spec.strategy_options,
+        options,
         privacy=privacy_rule(spec.privacy),
         noise=noise_source(spec.privacy),
     )
@@ -129,6 +141,8 @@ def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
         bytes_per_value_up=BYTES_PER_VALUE[spec.codec],
         bytes_per_value_down=BYTES_PER_VALUE[Codec.FP32],
         b_share=of_b / sum(per_layer),
+        batch_size=spec.batch_size,
+        prefix=prefix_rule(spec.strategy, spec.strategy_options)[0],
     )
 
 
@@ -161,6 +175,7 @@ def prepare_run(
         quorum=spec.quorum,
         deadline_s=spec.deadline_s,
         target_accuracy=spec.target_accuracy,
+        prefix=sizes.prefix,
     )
     if checkpoint is not None:
         return PreparedRun(plan, strategy, RunCheckpoint.model_validate_json(checkpoint))
@@ -174,5 +189,8 @@ def prepare_run(
         adapter=adapter,
         baseline_done=False,
         tokens_per_step=sizes.tokens_per_step,
+        prefix=PrefixCheckpoint(
+            cuts=stored_cuts(blobs, data, shape.layer_count, sizes.prefix, next_round=1)
+        ),
     )
     return PreparedRun(plan, strategy, start)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,7 +24,8 @@ from pydantic import (
 
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import Codec
-from wire_protocol.messages import Count, Sha256
+from wire_protocol.parts import Count, Sha256
+from wire_protocol.plain_yaml import read_yaml as yaml_values
 from wire_protocol.records import Columns, Example, parse_rows, to_examples
 from wire_protocol.settings import explain
 
@@ -71,6 +71,24 @@ class StoredEvaluation(_Strict):
     size_bytes: Count
 
 
+class PrivacySettings(_Strict):
+    """User-level differential privacy: how much one device may change the adapter.
+
+    Attributes:
+        clip_norm: largest Euclidean norm of a device's whole update.
+        noise_multiplier: standard deviation of the noise on the sum of the
+            updates, in units of ``clip_norm``.
+        delta: chance that epsilon does not hold; below one over the devices.
+        test_noise_seed: makes the noise repeatable and therefore worthless; for
+            tests alone. Without it the operating system seeds the noise.
+    """
+
+    clip_norm: float = Field(gt=0, le=1e6, allow_inf_nan=False)
+    noise_multiplier: float = Field(gt=0, le=1e6, allow_inf_nan=False)
+    delta: float = Field(default=1e-5, gt=0, lt=0.1)
+    test_noise_seed: Count | None = None
+
+
 class RunOptions(_Strict):
     """Every key of a run except where its held-out examples are.
 
@@ -83,6 +101,7 @@ class RunOptions(_Strict):
         deadline_s: seconds a round may take; None lets the server choose.
         quorum: share of the cohort whose updates end a round early.
         target_accuracy: the run ends once it is reached.
+        privacy: user-level differential privacy; None for none.
     """
 
     name: Name
@@ -103,6 +122,7 @@ class RunOptions(_Strict):
     deadline_s: float | None = Field(default=None, gt=0, le=1e7)
     quorum: float = Field(default=1.0, gt=0, le=1)
     target_accuracy: float | None = Field(default=None, gt=0, le=1)
+    privacy: PrivacySettings | None = None
     seed: Count = 0
 
     @field_validator("labels")
@@ -245,11 +265,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it is missing, not YAML or holds no keys.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not YAML: it is not UTF-8 text") from error
+    document = yaml_values(text, source=str(path))
     if not isinstance(document, dict):
         raise ConfigError(f"{path} does not hold the keys of a run")
     return document
@@ -264,10 +285,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set needs key=value, not {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: the value is not YAML: {_one_line(error)}") from error
+    value = yaml_values(text, source=f"--set {key}: the value")
     *parents, last = key.split(".")
     place = document
     for parent in parents:
@@ -283,7 +301,3 @@ def _validated(model: type[_Spec], document: Mapping[str, Any]) -> _Spec:
         return model.model_validate(document)
     except ValidationError as error:
         raise ConfigError(explain(error, model)) from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

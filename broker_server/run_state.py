@@ -10,9 +10,12 @@ from enum import Enum
 
 from pydantic import BaseModel, ConfigDict
 
+from broker_server.prefix_book import PrefixCheckpoint
 from broker_server.strategies import DeviceCapacity, RunShape
+from broker_server.strategies.prefix import SYNCED, PrefixRule
 from broker_server.strategies.strategy import Factors
-from wire_protocol.messages import BlobRef, TrainingRecipe, UpdateManifest
+from wire_protocol.messages import Prefix, TrainingRecipe, UpdateManifest
+from wire_protocol.parts import BlobRef
 
 
 class RunStatus(str, Enum):
@@ -36,6 +39,8 @@ class RunPlan:
         lost_grace_s: how long a lost device may take to come back in a round.
         resend_s: an unanswered assignment is sent again after this.
         attempts: rounds without any update in a row before the run fails.
+        prefix: what devices apply below the layers that they train.
+        life: tells assignments of a restored server from those of the one that was lost.
     """
 
     run_id: str
@@ -52,10 +57,21 @@ class RunPlan:
     lost_grace_s: float = 45.0
     resend_s: float = 10.0
     attempts: int = 3
+    prefix: PrefixRule = SYNCED
+    life: str = ""
+
+    def assignment_id(self, round_number: int, attempt: int, device_id: str) -> str:
+        """The name of one device's part in a round; never used twice."""
+        return f"{self.run_id}.{round_number}-{attempt}{self.life}.{device_id}"
 
 
 class MemberCheckpoint(BaseModel):
-    """One device's part in a round, as it survives a restart."""
+    """One device's part in a round, as it survives a restart.
+
+    Attributes:
+        base: the adapter that it loads; None for the whole global adapter.
+        prefix: see ``RoundStart``.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,6 +80,8 @@ class MemberCheckpoint(BaseModel):
     steps: int
     predicted_s: float
     factors: Factors = "both"
+    base: BlobRef | None = None
+    prefix: Prefix | None = None
 
 
 class RunCheckpoint(BaseModel):
@@ -85,6 +103,7 @@ class RunCheckpoint(BaseModel):
     members: dict[str, MemberCheckpoint] = {}
     finished: str | None = None
     strategy_state: BlobRef | None = None
+    prefix: PrefixCheckpoint = PrefixCheckpoint()
 
 
 class MemberResult(BaseModel):
@@ -105,6 +124,7 @@ class MemberResult(BaseModel):
     status: str
     detail: str
     emulated: str | None = None
+    energy_j: float | None = None
 
 
 class RoundResult(BaseModel):
@@ -112,7 +132,11 @@ class RoundResult(BaseModel):
 
     ``duration_s`` runs from the first assignment to the new global adapter;
     evaluation is a measurement and not part of it. ``waiting_s`` is the mean
-    over the devices that sent an update.
+    over the devices that sent an update. ``clipped`` and ``refused`` count the
+    devices whose updates the defence scaled down or left out; the reasons stand
+    with the devices. ``epsilon`` is what the run has spent up to this round;
+    None without privacy. ``energy_j`` is what training drew in all; None
+    unless every device tells.
 
     Source: arXiv:2412.20004, round time and average waiting time.
     """
@@ -127,6 +151,10 @@ class RoundResult(BaseModel):
     bytes_up: int
     bytes_down: int
     devices: tuple[MemberResult, ...]
+    clipped: int = 0
+    refused: int = 0
+    epsilon: float | None = None
+    energy_j: float | None = None
 
 
 @dataclass

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-from broker_server.fleet import Fleet
+from broker_server.fleet import DeviceRecord, Fleet
 from broker_server.run_folder import Baseline, RunReport
 from broker_server.run_loop import RunLoop
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import Member, MemberStatus, RoundResult
 from broker_server.store import ModelRow, RunRecord
+from wire_protocol.versions import protocol_problem
 
 _FINAL = (MemberStatus.UPDATED, MemberStatus.FAILED, MemberStatus.STRAGGLER)
 
@@ -22,7 +23,7 @@ def device_list(fleet: Fleet, now: float) -> list[dict[str, object]]:
             "board": known.birth.board,
             "emulated": known.birth.emulated,
             "agent_version": known.birth.agent_version,
-            "state": "online" if known.online else "lost",
+            "state": _state(known),
             "busy_with": known.busy_with,
             "last_seen_s": round(now - known.last_seen, 1),
             "capability": known.capability.model_dump(mode="json"),
@@ -35,6 +36,12 @@ def device_list(fleet: Fleet, now: float) -> list[dict[str, object]]:
         }
         for device_id, known in sorted(fleet.devices.items())
     ]
+
+
+def _state(known: DeviceRecord) -> str:
+    if protocol_problem(known.birth.protocol):
+        return "refused"
+    return "online" if known.online else "lost"
 
 
 def model_view(row: ModelRow, family: str, layer_count: int) -> dict[str, object]:

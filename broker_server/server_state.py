@@ -35,6 +35,11 @@ class ServerState:
         return self.root / "blobs"
 
     @property
+    def uploads(self) -> Path:
+        """What devices send, until it is an update; on the disk of the blob store."""
+        return self.root / "uploads"
+
+    @property
     def models(self) -> Path:
         """Base models, one folder per digest."""
         return self.root / "models"
@@ -73,6 +78,12 @@ class ServerState:
         start_number = int(path.read_text()) + 1 if path.exists() else 1
         write_durably(path, f"{start_number}\n".encode(), site="server.start_number")
         return start_number
+
+    @property
+    def life(self) -> str:
+        """Names this life of the state: empty until it was restored from a backup."""
+        path = self.root / "restores"
+        return f"r{int(path.read_text())}" if path.exists() else ""
 
     def announce(self, url: str) -> None:
         """Say where the API is, once it answers."""

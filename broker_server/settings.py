@@ -44,6 +44,9 @@ class ServerSettings(Settings):
     token: str | None = Field(
         None, repr=False, description="required from everybody; needed off loopback"
     )
+    pki: Path | None = Field(
+        None, description="folder of the fleet's certificates; without one there is no TLS"
+    )
     database: str | None = Field(None, repr=False, description="SQLAlchemy URL; default SQLite")
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     evaluation_threads: int = Field(1, ge=1, description="threads of the central evaluation")
@@ -80,8 +83,11 @@ def load_settings(path: Path | None) -> ServerSettings:
     )
     if settings.broker.kind == "external" and not settings.broker.url:
         raise ConfigError(f"{chosen}: broker.kind external needs broker.url")
-    if not settings.token and not _is_loopback(settings.host):
-        raise ConfigError(f"{chosen}: an API on {settings.host} needs a token; set 'token'")
+    if not settings.token and settings.pki is None and not _is_loopback(settings.host):
+        raise ConfigError(
+            f"{chosen}: an API on {settings.host} needs a token or certificates; "
+            "set 'token' or 'pki'"
+        )
     return settings
 
 

@@ -20,6 +20,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _STATE_STYLES = {
     "online": "green",
     "lost": "red",
+    "refused": "red",
     "failed": "red",
     "straggler": "yellow",
     "training": "cyan",
@@ -289,3 +290,14 @@ def _compute(compute: Json | None) -> str:
 def _note_of(device: Json) -> str:
     reason = device.get("not_training")
     return f"does not train now: {reason}" if reason else str(device.get("note", ""))
+
+
+def findings_table(findings: Sequence[Json]) -> Table:
+    """What the doctor found."""
+    styles = {"ok": "green", "warning": "yellow", "broken": "red"}
+    table = Table("check", "state", "seen", "what to do", box=None, pad_edge=False)
+    for finding in findings:
+        state = Text(finding["state"], style=styles[finding["state"]])
+        seen, remedy = printable(finding["seen"]), printable(finding["remedy"])
+        table.add_row(finding["check"], state, Text(seen), Text(remedy))
+    return table

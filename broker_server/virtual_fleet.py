@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from broker_server.simulation_spec import Availability
 from profiles.loader import load_board
+from profiles.power import training_watts
 from profiles.schema import FleetDevices, FleetProfile
-from wire_protocol.messages import (
-    Birth,
+from wire_protocol.messages import Birth
+from wire_protocol.model_family import ModelShape
+from wire_protocol.parts import (
     CapabilityProfile,
     ComputeReport,
     DatasetReport,
     LinkReport,
 )
-from wire_protocol.model_family import ModelShape
 
 BYTES_PER_MBIT = 125_000.0
 
@@ -44,12 +45,14 @@ class Conditions:
 
     Attributes:
         flops_per_s: sustained training rate in the present power mode.
+        watts: power while training in that mode; None where the board's profile tells none.
     """
 
     flops_per_s: float
     up_bytes_per_s: float
     down_bytes_per_s: float
     round_trip_s: float
+    watts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ class ModelCost:
 
         Two floating-point operations per weight and token, like the profiles.
         """
-        return 2.0 * self.shape.weights_per_layer * tokens * self.shape.layer_count / flops_per_s
+        return self.layers_s(tokens * self.shape.layer_count, flops_per_s)
+
+    def layers_s(self, token_layers: float, flops_per_s: float) -> float:
+        """Seconds of so many tokens times layers, forward."""
+        return 2.0 * self.shape.weights_per_layer * token_layers / flops_per_s
 
     def backward_s(self, tokens: float, depth: int, flops_per_s: float) -> float:
         """Seconds of a backward pass through the ``depth`` trained layers.
@@ -143,13 +150,13 @@ class VirtualFleet:
             1.0 + jitter * (2.0 * self._draw(way, round_number)[self._index[device_id]] - 1.0)
             for way in ("up", "down")
         )
+        board, power_mode = load_board(group.board), self.power_mode(device_id, round_number)
         return Conditions(
-            flops_per_s=load_board(group.board).flops_per_s(
-                self.power_mode(device_id, round_number)
-            ),
+            flops_per_s=board.flops_per_s(power_mode),
             up_bytes_per_s=group.link.up_mbps_at(distance) * BYTES_PER_MBIT * up,
             down_bytes_per_s=group.link.down_mbps_at(distance) * BYTES_PER_MBIT * down,
             round_trip_s=group.link.round_trip_ms / 1000.0,
+            watts=training_watts(board, power_mode),
         )
 
     def power_mode(self, device_id: str, round_number: int) -> str:

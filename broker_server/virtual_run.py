@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import structlog
 
 from broker_server import run_events as events
+from broker_server.adapter_cuts import stored_cuts
 from broker_server.blobs import BlobStore
 from broker_server.coordinator import Coordinator, Phase
 from broker_server.fleet import Fleet
+from broker_server.privacy import epsilon_after
 from broker_server.run_spec import RunSpec
 from broker_server.run_state import RunStatus
 from broker_server.simulated_training import TrainedUpdate, VirtualAssignment
@@ -26,10 +28,12 @@ from broker_server.simulation_folder import Score, SimulationState
 from broker_server.simulation_trainers import Trainers
 from broker_server.strategies import saved_state
 from broker_server.update_bytes import new_adapter, problem_with
-from broker_server.virtual_fleet import ModelCost, VirtualFleet
+from broker_server.virtual_cache import VirtualCache
+from broker_server.virtual_fleet import Conditions, ModelCost, VirtualFleet
 from wire_protocol.errors import LegendError
 from wire_protocol.lora import Codec
-from wire_protocol.messages import BlobRef, UpdateManifest
+from wire_protocol.messages import RoundStart, UpdateManifest
+from wire_protocol.parts import BlobRef
 from wire_protocol.tensors import encode
 
 log = structlog.get_logger()
@@ -49,6 +53,7 @@ class Testbed:
         judge: scores a round's adapter: for decisions, and on the test file
             if that is another one.
         commit: told every committed state.
+        tamper: what attackers send in place of what they learned.
     """
 
     run: RunSpec
@@ -59,6 +64,7 @@ class Testbed:
     trainers: Trainers
     judge: Callable[[int, BlobRef], tuple[Score, Score | None]]
     commit: Callable[[SimulationState], object]
+    tamper: Callable[[int, TrainedUpdate], TrainedUpdate] = lambda _round, trained: trained
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -84,6 +90,7 @@ class VirtualRun:
         self._queue: list[tuple[float, int, str, events.Event]] = []
         self._outgoing: list[events.SendAssignment] = []
         self._updates: dict[str, bytes] = {}
+        self._caches = dict(state.caches)
         self._scores: tuple[Score, Score | None] | None = None
 
     def run(self) -> SimulationState:
@@ -159,23 +166,35 @@ class VirtualRun:
         manifest = action.manifest
         shape, labels = self._testbed.cost.shape, len(self._testbed.labels)
         data = self._updates[manifest.update.sha256]
-        factors = action.assigned.factors
-        problem = problem_with(data, manifest, shape, labels, factors=factors)
+        problem = problem_with(data, manifest, shape, labels, assigned=action.assigned)
         checked = events.UpdateChecked(action.device_id, action.message_id, manifest, problem)
         self._push(self._now, action.device_id, checked)
 
     def _aggregated(self, action: events.AggregateRound) -> events.Event:
         try:
-            return events.RoundAggregated(self._aggregate(action))
+            return self._aggregate(action)
         except LegendError as error:
             return events.StepBroke(f"aggregation failed: {error}")
 
-    def _aggregate(self, action: events.AggregateRound) -> BlobRef:
-        blobs = self._testbed.blobs
+    def _aggregate(self, action: events.AggregateRound) -> events.RoundAggregated:
+        blobs, privacy = self._testbed.blobs, self._testbed.run.privacy
         base, read = blobs.read(action.base.sha256), self._updates.__getitem__
-        data = new_adapter(self._coordinator.strategy, base, action.updates, read=read)
+        open_round = self._coordinator.round
+        members = open_round.members.values() if open_round else ()
+        assigned = [member.checkpoint for member in members]
+        strategy = self._coordinator.strategy
+        new = new_adapter(strategy, base, action.updates, read=read, assigned=assigned)
         self._updates.clear()
-        return BlobRef(sha256=blobs.put(data), size_bytes=len(data))
+        adapter = BlobRef(sha256=blobs.put(new.data), size_bytes=len(new.data))
+        epsilon = None if privacy is None else epsilon_after(privacy, action.round_number)
+        cuts = stored_cuts(
+            blobs,
+            new.data,
+            self._testbed.cost.shape.layer_count,
+            self._coordinator.plan.prefix,
+            next_round=action.round_number + 1,
+        )
+        return events.RoundAggregated(adapter, new.findings, epsilon, cuts)
 
     def _evaluate(self, action: events.EvaluateAdapter) -> None:
         self._scores = self._testbed.judge(action.round_number, action.adapter)
@@ -200,9 +219,10 @@ class VirtualRun:
             "checkpoint": action.checkpoint,
             "baseline": decisive if action.baseline else before.baseline,
             "rounds": (*before.rounds, action.result) if action.result else before.rounds,
-            "test_scores": (*before.test_scores, test) if test else before.test_scores,
+            "test_scores": (*before.test_scores, test),
             "estimates": estimates,
             "strategy_state": self._strategy_state(),
+            "caches": dict(self._caches),
         }
         self._commit(before.model_copy(update=changes))
 
@@ -254,11 +274,25 @@ class VirtualRun:
                 self._push(lost_at, device_id, events.DeviceLost(device_id))
                 continue
             conditions = self._testbed.fleet.conditions(device_id, start.round_number)
-            adapter = self._testbed.blobs.read(start.adapter.sha256)
-            cost = self._testbed.cost
-            working.append(VirtualAssignment(device_id, start, conditions, cost, adapter))
+            working.append(self._assignment(device_id, start, conditions))
         for assignment, trained in zip(working, self._testbed.trainers.train(working), strict=True):
             self._answer(assignment, trained)
+
+    def _assignment(
+        self, device_id: str, start: RoundStart, conditions: Conditions
+    ) -> VirtualAssignment:
+        read = self._testbed.blobs.read
+        below = start.prefix.adapter if start.prefix else None
+        version = self._coordinator.prefix.version
+        return VirtualAssignment(
+            device_id,
+            start,
+            conditions,
+            self._testbed.cost,
+            adapter=read(start.adapter.sha256),
+            below=read(below.sha256) if below else None,
+            cache=self._caches.get(device_id, VirtualCache()).of(version),
+        )
 
     def _lost_at(self, action: events.SendAssignment) -> float | None:
         """When the device is lost in this assignment, if it is."""
@@ -273,12 +307,15 @@ class VirtualRun:
 
     def _answer(self, assignment: VirtualAssignment, trained: TrainedUpdate) -> None:
         when = self._now + trained.duration_s
+        if trained.cache is not None:
+            self._caches[assignment.device_id] = trained.cache
         device_id, start = assignment.device_id, assignment.start
         if trained.failure is not None or trained.report is None:
             code, detail = trained.failure or ("internal", "no report")
             failed = events.AssignmentFailed(device_id, start.assignment_id, code, detail)
             self._push(when, device_id, failed)
             return
+        trained = self._testbed.tamper(start.round_number, trained)
         digest = hashlib.sha256(trained.update).hexdigest()
         self._updates[digest] = trained.update
         manifest = UpdateManifest(
@@ -298,4 +335,4 @@ class VirtualRun:
 
 def _blobs_of(state: SimulationState) -> set[str]:
     refs = (state.checkpoint.adapter, state.strategy_state)
-    return {ref.sha256 for ref in refs if ref is not None}
+    return {ref.sha256 for ref in refs if ref is not None} | state.checkpoint.prefix.blobs()

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wire_protocol.errors import LegendError, ProtocolError
-from wire_protocol.messages import EVERY_DEVICE, Ack, Command, Delivery, encode_message
+from wire_protocol.messages import (
+    EVERY_DEVICE,
+    Ack,
+    CertificateIssued,
+    Command,
+    Delivery,
+    encode_message,
+)
 from wire_protocol.signed import Signer, read_signed
 from wire_protocol.topics import Channel
 
@@ -42,7 +49,7 @@ class ServerVoice:
 
     def say(
         self,
-        body: Command | Ack,
+        body: Command | Ack | CertificateIssued,
         *,
         message_id: str,
         now: float,

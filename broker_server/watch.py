@@ -22,6 +22,7 @@ from broker_server.tables import (
     NONE,
     accuracies_of,
     as_bytes,
+    as_epsilon,
     as_number,
     as_percent,
     as_ranks,
@@ -255,8 +256,17 @@ def _round_line(one: Json) -> str:
     return (
         f"round {one['round']}: accuracy {as_percent(one['accuracy'])}, "
         f"{as_seconds(one['duration_s'])}, mean waiting {as_seconds(one['waiting_s'])}, "
-        f"up {as_bytes(one['bytes_up'])}, down {as_bytes(one['bytes_down'])}"
+        f"up {as_bytes(one['bytes_up'])}, down {as_bytes(one['bytes_down'])}{_protection(one)}"
     )
+
+
+def _protection(one: Json) -> str:
+    """What the defence did in a round, and what the run's privacy has cost so far."""
+    counts = {verdict: one.get(verdict, 0) for verdict in ("clipped", "refused")}
+    words = [f", {count} {verdict}" for verdict, count in counts.items() if count]
+    if one.get("epsilon") is not None:
+        words.append(f", epsilon {as_epsilon(one['epsilon'])} so far")
+    return "".join(words)
 
 
 def _end_line(run: Json) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import LoraConfig
-from wire_protocol.messages import ComputeReport
+from wire_protocol.parts import ComputeReport
 
 CHECKPOINT_KEPT_SHARE = 0.2
 """Share of a layer's activations that gradient checkpointing keeps until its turn.

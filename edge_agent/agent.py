@@ -22,7 +22,7 @@ from edge_agent import session
 from edge_agent.benchmark import benchmark_device
 from edge_agent.capability import describe_datasets, resident_bytes
 from edge_agent.command_guard import CommandGuard
-from edge_agent.incoming import event_from
+from edge_agent.incoming import NewCertificate, event_from
 from edge_agent.introduction import introduction
 from edge_agent.metrics import AgentCounters
 from edge_agent.mqtt import Connected, CredentialsRefused, DeviceLink, Disconnected, Received
@@ -31,7 +31,7 @@ from edge_agent.outbox import Outbox, OutgoingMessage
 from edge_agent.outcome import outcome_of
 from edge_agent.round_work import Workshop, do_round
 from edge_agent.status_file import StatusFile
-from wire_protocol.errors import DeviceError, FailureCode, LegendError, ProtocolError
+from wire_protocol.errors import DeviceError, FailureCode, LegendError, ProtocolError, Refused
 from wire_protocol.messages import (
     Ack,
     Birth,
@@ -64,12 +64,14 @@ class Agent:
     Args:
         workshop: what assignments are worked on with.
         link: the connection to the broker.
-        on_hopeless: called when this broker does not take us in any more.
+        on_hopeless: called when this broker does not take us in any more; with the reason when the
+            server will never do so.
         status: what ``edge-agent status`` shows.
         notifier: systemd.
         rng: for jitter.
         guard: knows whether a message really is the server's.
         sign: signs what the server must be able to trust; without an identity it changes nothing.
+        on_certificate: takes in the renewed certificate that the server sent, for an identity.
     """
 
     def __init__(
@@ -77,17 +79,19 @@ class Agent:
         workshop: Workshop,
         link: DeviceLink,
         *,
-        on_hopeless: Callable[[], None],
+        on_hopeless: Callable[[Refused | None], None],
         status: StatusFile,
         notifier: Notifier,
         rng: random.Random,
         guard: CommandGuard,
         sign: Callable[[bytes], bytes] = bytes,
+        on_certificate: Callable[[str], None] | None = None,
         counters: AgentCounters | None = None,
     ) -> None:
         self.workshop = workshop
         self._guard = guard
         self._sign = sign
+        self._on_certificate = on_certificate
         self.settings = workshop.device.settings
         self.link = link
         self.status = status
@@ -177,9 +181,16 @@ class Agent:
         now = time.monotonic()
         try:
             event = event_from(item.topic, item.payload, self._guard, sid=self.link.sid, now=now)
+            if isinstance(event, NewCertificate):
+                if self._on_certificate is not None:
+                    self._on_certificate(event.pem)
+                return
         except ProtocolError as error:
             reason = self.counters.drop(error)
             log.warning("message_dropped", topic=item.topic, reason=reason, error=str(error))
+            return
+        except Refused as error:
+            self._on_hopeless(error)
             return
         if event is not None:
             await self._send.send(event)
@@ -187,7 +198,7 @@ class Agent:
     def _look_for_the_broker(self) -> None:
         """Ask the server where the broker is now; never at the price of work in progress."""
         if self.session.busy_with is None:
-            self._on_hopeless()
+            self._on_hopeless(None)
 
     def _carry_out(self, action: session.Action, tasks: TaskGroup) -> None:
         match action:

@@ -13,6 +13,7 @@ import structlog
 from edge_agent.agent import Agent
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, this_device
+from edge_agent.certificate_keeper import CertificateKeeper
 from edge_agent.command_guard import CommandGuard
 from edge_agent.emulation import emulation_of
 from edge_agent.identity import Identity, identity_of, tls_of
@@ -22,12 +23,13 @@ from edge_agent.metrics import AgentCounters, serve_metrics
 from edge_agent.mqtt import DeviceLink
 from edge_agent.notify import Notifier
 from edge_agent.policy_watch import PolicyWatch
+from edge_agent.renewal import Renewal
 from edge_agent.round_work import Workshop
 from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir
 from edge_agent.status_file import StatusFile
 from edge_agent.trainer import Trainer
-from wire_protocol.errors import LegendError
+from wire_protocol.errors import LegendError, Refused
 from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
@@ -67,6 +69,7 @@ async def _serve(
 ) -> None:
     settings, tls = device.settings, tls_of(identity)
     rng = random.Random()  # noqa: S311 - jitter, not secrets
+    keeper = CertificateKeeper(Renewal(identity, rng)) if identity else None
     counters = AgentCounters()
     shape = device.emulation.link if device.emulation else None
     trainer = Trainer(
@@ -86,7 +89,9 @@ async def _serve(
             with serve_metrics(settings, counters):
                 while True:
                     joined = await find_broker(settings, provisioning, rng, identity)
-                    await _stay_connected(workshop, joined, notifier, rng, identity, counters)
+                    if keeper:
+                        keeper.heard(joined.certificate_left_s)
+                    await _stay_connected(workshop, joined, notifier, rng, keeper, counters)
                     await anyio.sleep(rng.uniform(0, LOOK_AGAIN_S))
         finally:
             notifier.stopping("stopping")
@@ -99,7 +104,7 @@ async def _stay_connected(
     joined: Joined,
     notifier: Notifier,
     rng: random.Random,
-    identity: Identity | None,
+    keeper: CertificateKeeper | None,
     counters: AgentCounters,
 ) -> None:
     """Serve over one broker; returns when it should be looked for again."""
@@ -116,9 +121,14 @@ async def _stay_connected(
         on_new_key=key_number.raise_to,
     )
 
-    def give_up() -> None:
+    refusals: list[Refused] = []
+
+    def give_up(refusal: Refused | None) -> None:
+        if refusal is not None:
+            refusals.append(refusal)
+            tasks.cancel_scope.cancel()
         # A broker named in the settings is the only one there is: keep trying it.
-        if settings.broker is None:
+        elif settings.broker is None:
             log.warning("broker_looked_for_again")
             tasks.cancel_scope.cancel()
 
@@ -131,10 +141,15 @@ async def _stay_connected(
             notifier=notifier,
             rng=rng,
             guard=guard,
-            sign=identity.sign if identity else bytes,
+            sign=keeper.sign if keeper else bytes,
+            on_certificate=keeper.take if keeper else None,
             counters=counters,
         )
+        if keeper:
+            tasks.start_soon(keeper.ask_in_time, link, topic, name="certificate")
         await agent.run(tasks)
+    if refusals:
+        raise refusals[0]
 
 
 async def _stop_on_signal(scope: anyio.CancelScope) -> None:

@@ -27,8 +27,8 @@ from edge_agent.link import measure_link
 from edge_agent.state_dir import StateDir, write_durably
 from edge_agent.trainer import Trainer
 from wire_protocol.errors import ConfigError, DeviceError, FailureCode
-from wire_protocol.messages import CapabilityProfile, ComputeReport, InferenceReport
 from wire_protocol.model_family import FAMILIES, family_of
+from wire_protocol.parts import CapabilityProfile, ComputeReport, InferenceReport
 
 PROBE_BATCH_SIZE = 8
 PROBE_TOKENS = 32

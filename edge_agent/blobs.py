@@ -21,12 +21,13 @@ from anyio import to_thread
 from typing_extensions import Self
 
 from edge_agent.link import ShapedLink
+from edge_agent.model_cache import ModelCheck, remove_strangers, set_aside
 from edge_agent.model_manifest import ModelFile, model_files
 from edge_agent.server_connection import Patience, Rejected, Retries, ServerConnection
 from edge_agent.state_dir import disk_error
 from wire_protocol.durable import DONE, move_into_place, reached, sync
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError, Refused, ServerUnavailable
-from wire_protocol.messages import BlobRef
+from wire_protocol.parts import BlobRef
 
 log = structlog.get_logger()
 
@@ -66,6 +67,7 @@ class BlobClient:
             server_url, token=token, answer_s=self._patience.answer_s, tls=tls
         )
         self._one_model_at_a_time = anyio.Lock()
+        self._models = ModelCheck()
         self.sent_bytes = 0
         """Blob bytes that went up so far, whatever became of them."""
         self.received_bytes = 0
@@ -168,7 +170,8 @@ class BlobClient:
     async def fetch_model(self, digest: str, cache_dir: Path) -> Path:
         """Bring a base model to ``<cache_dir>/models/<digest>``, unless it is there already.
 
-        The folder appears only when every file in it is complete and verified.
+        The folder appears only when every file in it is complete and verified; one that was
+        changed since is put right.
 
         Raises:
             DeviceError: DOWNLOAD_FAILED, WRONG_DIGEST, DISK_FULL.
@@ -176,10 +179,14 @@ class BlobClient:
         """
         target = cache_dir / "models" / digest
         async with self._one_model_at_a_time:
-            if target.is_dir():
-                return target
-            files = await self._describe(digest)
             folder = target.with_name(f"{digest}.part")
+            if target.is_dir():
+                if await to_thread.run_sync(self._models.holds, target, digest):
+                    return target
+                log.error("base_model_was_changed", model=digest, folder=str(target))
+                await to_thread.run_sync(set_aside, target, folder)
+            files = await self._describe(digest)
+            await to_thread.run_sync(remove_strangers, folder, files)
             _check_space(folder, files)
             for file in files:
                 place = folder / file.path

@@ -27,7 +27,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir, write_durably
 from profiles.loader import load_board
 from wire_protocol.errors import DeviceError
-from wire_protocol.messages import CapabilityProfile, DatasetReport
+from wire_protocol.parts import CapabilityProfile, DatasetReport
 from wire_protocol.records import Columns
 
 log = structlog.get_logger()

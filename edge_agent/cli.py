@@ -16,6 +16,7 @@ import click
 from wire_protocol.command_line import OneLineErrors, configure_logging, echo_json
 
 if TYPE_CHECKING:
+    from edge_agent.enroll import Enrolment
     from edge_agent.settings import AgentSettings
 
 as_json = click.option("--json", "json_output", is_flag=True, help="Print JSON for programs.")
@@ -75,6 +76,56 @@ def start(ctx: click.Context, emulate: str | None, time_dilation: float) -> None
         imitation = EmulateSettings(board=emulate, time_dilation=time_dilation)
         settings = settings.model_copy(update={"emulate": imitation})
     anyio.run(run_agent, settings)
+
+
+@main.command()
+@click.option("--url", metavar="URL", help="The server's https address. Default: that of before.")
+@click.option("--token", help="One-time token of broker-server pki token. Default: that of before.")
+@click.option(
+    "--wait-s",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    help="How long to wait for an operator to accept this device.",
+)
+@click.option("--again", is_flag=True, help="Replace the identity that this device has.")
+@as_json
+@click.pass_context
+def enroll(
+    ctx: click.Context,
+    url: str | None,
+    token: str | None,
+    wait_s: float,
+    again: bool,
+    json_output: bool,
+) -> None:
+    """Get this device its identity: a key made here, certified by the fleet.
+
+    Without --url and --token it goes on with the request that waits. Exit code
+    75 while no operator has accepted it; 77 if one rejected it.
+    """
+    import anyio
+
+    from edge_agent.enroll import Ticket
+    from edge_agent.enroll import enroll as enroll_device
+
+    if (url is None) != (token is None):
+        raise click.UsageError("give --url and --token together")
+    settings = _settings(ctx)
+    ticket = Ticket.read(url, token) if url and token else None
+    if ticket is not None and not json_output:
+        click.echo(f"enrolling {settings.device_id} at {ticket.url}", err=True)
+
+    async def run() -> Enrolment:
+        return await enroll_device(settings, ticket, wait_s=wait_s, again=again)
+
+    outcome = anyio.run(run)
+    if json_output:
+        echo_json(outcome.__dict__)
+    else:
+        click.echo(outcome.sentence(settings))
+    if outcome.status != "accepted":
+        ctx.exit(75)
 
 
 @main.command()

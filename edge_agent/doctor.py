@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,9 @@ import anyio
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import describe_datasets, this_device
 from edge_agent.emulation import emulation_of
+from edge_agent.identity import identity_of, remaining_s, tls_of
 from edge_agent.join import find_broker_once
+from edge_agent.renewal import renewal_due
 from edge_agent.settings import AgentSettings, load_settings
 from edge_agent.state_dir import StateDir
 from wire_protocol.errors import LegendError
@@ -28,6 +31,7 @@ REMEDIES = {
     "state directory": "run as its owner, or choose another 'state_dir' in the settings",
     "board": "correct 'emulate' or 'sysroot' in the settings",
     "memory": "check that 'sysroot' holds /proc of this machine",
+    "identity": "see what was seen; nothing is sent to the server until then",
 }
 LEAST_DISK_BYTES = 2 * 2**30
 LEAST_MEMORY_BYTES = 700 * 2**20
@@ -58,6 +62,7 @@ def examine(settings_file: Path | None) -> list[Finding]:
         ("temperature", _temperature),
         ("datasets", _datasets),
         ("packages", _packages),
+        ("identity", _identity),
         ("server", _server),
     )
     for name, check in checks:
@@ -157,10 +162,32 @@ def _packages(settings: AgentSettings) -> Iterator[Finding]:
     yield Finding("packages", "ok", ", ".join(f"{n} {_version(n)}" for n in TRAINING_PACKAGES))
 
 
+def _identity(settings: AgentSettings) -> Iterator[Finding]:
+    identity = identity_of(settings)
+    if identity is None:
+        yield Finding(
+            "identity", "ok", "none: this device is not enrolled, and uses no TLS of ours"
+        )
+        return
+    certificate, now = identity.certificate, time.time()
+    days = remaining_s(certificate, now) / 86400
+    seen = f"{certificate.common_name}, certificate good for {days:.0f} days"
+    if now < certificate.not_before:
+        yield Finding("clock", "warning", "earlier than this device's certificate", "set it: NTP")
+    if renewal_due(certificate.not_before, certificate.not_after, now):
+        yield Finding("identity", "warning", seen, "start the agent: it renews its certificate")
+    else:
+        yield Finding("identity", "ok", seen)
+
+
 def _server(settings: AgentSettings) -> Iterator[Finding]:
+    identity = identity_of(settings)
+
     async def ask() -> str:
-        async with BlobClient(settings.server, token=settings.token) as server:
-            login = (await find_broker_once(settings, server)).broker
+        async with BlobClient(
+            settings.server, token=settings.token, tls=tls_of(identity)
+        ) as server:
+            login = (await find_broker_once(settings, server, identity)).broker
             return f"{settings.server}, broker {login.host}:{login.port}"
 
     yield Finding("server", "ok", anyio.run(ask))

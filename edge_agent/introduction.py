@@ -7,7 +7,8 @@ from importlib.metadata import version
 
 from edge_agent.capability import current_capability
 from edge_agent.round_work import Workshop
-from wire_protocol.messages import Birth, DatasetReport
+from wire_protocol.messages import Birth
+from wire_protocol.parts import DatasetReport
 
 
 def introduction(shop: Workshop, boot_id: str, datasets: Mapping[str, DatasetReport]) -> Birth:

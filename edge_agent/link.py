@@ -14,7 +14,7 @@ from typing import Protocol
 
 import anyio
 
-from wire_protocol.messages import LinkReport
+from wire_protocol.parts import LinkReport
 
 PROBE_BYTES = 256 * 1024
 PROBE_ROUND_TRIPS = 3

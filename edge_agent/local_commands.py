@@ -16,6 +16,7 @@ from edge_agent.benchmark import MeasuredModel, OnStep, benchmark_device, measur
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import current_capability, describe_datasets, this_device
 from edge_agent.emulation import emulation_of
+from edge_agent.identity import identity_of, tls_of
 from edge_agent.link import ShapedLink
 from edge_agent.round_directory import ASSIGNMENT_FILE, RESULT_FILE, UPDATE_FILE
 from edge_agent.settings import AgentSettings
@@ -24,8 +25,8 @@ from edge_agent.trainer import Trainer
 from profiles.loader import board_ids, load_board
 from wire_protocol.errors import ConfigError, DeviceError, FailureCode
 from wire_protocol.lora import LoraConfig
-from wire_protocol.messages import CapabilityProfile
 from wire_protocol.model_family import FAMILIES, ModelShape, model_shape
+from wire_protocol.parts import CapabilityProfile
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ async def benchmark_now(
                     device, state, trainer=trainer, model=model, on_step=on_step
                 )
             link = ShapedLink(emulation.link if emulation else None)
+            tls = tls_of(identity_of(settings))
             async with (
-                BlobClient(settings.server, token=settings.token) as provisioning,
-                BlobClient(settings.server, token=settings.token, link=link) as blobs,
+                BlobClient(settings.server, token=settings.token, tls=tls) as provisioning,
+                BlobClient(settings.server, token=settings.token, link=link, tls=tls) as blobs,
             ):
                 models = (await provisioning.get_json("/v1/models"))["models"]
                 if not models:

@@ -265,7 +265,10 @@ class DeviceLink:
         if self._refusal is not None:
             return f"the broker refused the connection: {self._refusal}"
         if self._connected_at is None:
-            return "the broker closed the connection without an answer; wrong user or password?"
+            return (
+                "the broker closed the connection without an answer; it may not accept the user, "
+                "the password or the certificate"
+            )
         return error_string(code)
 
     def _on_connect(

@@ -14,6 +14,7 @@ import base64
 import binascii
 import json
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import structlog
 from edge_agent.backoff import full_jitter
 from edge_agent.state_dir import write_durably
 from wire_protocol.durable import remove_file, sync
-from wire_protocol.errors import ProtocolError
+from wire_protocol.errors import DeviceError, ProtocolError
 from wire_protocol.messages import MAX_WIRE_BYTES
 
 log = structlog.get_logger()
@@ -115,6 +116,7 @@ class Outbox:
         self._folder = folder
         self._schedule = ResendSchedule(rng)
         self._messages: dict[str, OutgoingMessage] = {}
+        self._unwritten: set[str] = set()
         self._load(now)
 
     def __len__(self) -> int:
@@ -131,6 +133,8 @@ class Outbox:
     def add(self, message: OutgoingMessage, *, now: float) -> None:
         """Keep a message until it is acknowledged; it is on disk before this returns.
 
+        On a full disk it is kept in memory, sent all the same, and written once there is space.
+
         Adding the same id twice keeps the first.
 
         Raises:
@@ -141,14 +145,20 @@ class Outbox:
             raise ProtocolError(f"message of {len(message.payload)} bytes exceeds {MAX_WIRE_BYTES}")
         if message.message_id in self._messages:
             return
-        path = self._path(message.message_id)
-        write_durably(path, _to_json(message), site="agent.outbox")
+        self._path(message.message_id)
         self._messages[message.message_id] = message
         self._schedule.add(message.message_id, now)
+        self._unwritten.add(message.message_id)
+        self._write(message)
 
     def due(self, now: float) -> list[OutgoingMessage]:
         """Messages to publish now, oldest first; each rests afterwards until its resend."""
-        return [self._messages[message_id] for message_id in self._schedule.take_due(now)]
+        messages = [self._messages[message_id] for message_id in self._schedule.take_due(now)]
+        for message in messages:
+            if message.message_id in self._unwritten:
+                with suppress(DeviceError):  # still no space; it was said when it began
+                    self._write(message)
+        return messages
 
     def next_deadline(self) -> float | None:
         """When ``due`` will next return something; None while nothing waits."""
@@ -171,8 +181,14 @@ class Outbox:
         if self._messages.pop(message_id, None) is None:
             return False
         self._schedule.remove(message_id)
+        self._unwritten.discard(message_id)
         remove_file(self._path(message_id), site="agent.outbox.acknowledged")
         return True
+
+    def _write(self, message: OutgoingMessage) -> None:
+        path = self._path(message.message_id)
+        write_durably(path, _to_json(message), site="agent.outbox")
+        self._unwritten.discard(message.message_id)
 
     def _path(self, message_id: str) -> Path:
         if not message_id or "/" in message_id or message_id.startswith("."):

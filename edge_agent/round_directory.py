@@ -61,6 +61,34 @@ class LocalLimits:
 
 
 @dataclass(frozen=True)
+class PrefixRequest:
+    """A prefix that is kept, and where its hidden states are.
+
+    Attributes:
+        adapter_file: what is applied below the trained layers; None applies nothing there.
+        cache_dir: of the states.
+        cache_bytes: most that they may take on disk.
+        model_digest: of the base model.
+    """
+
+    adapter_file: Path | None
+    cache_dir: Path
+    cache_bytes: int
+    model_digest: str
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PrefixRequest:
+        """Read what the agent's shell wrote."""
+        file = value["adapter_file"]
+        return cls(
+            adapter_file=Path(file) if file else None,
+            cache_dir=Path(value["cache_dir"]),
+            cache_bytes=int(value["cache_bytes"]),
+            model_digest=str(value["model_digest"]),
+        )
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """One assignment as the trainer sees it: local paths instead of blobs.
 
@@ -68,6 +96,7 @@ class TrainRequest:
         ranks: LoRA rank to train at every layer; 0 freezes it.
         deadline_s: seconds from the start of the training command.
         factors: LoRA factors to train: ``both``, ``A`` or ``B``.
+        prefix: what lies below the trained layers, if it stays for many rounds.
         residual_file: what a coarse codec left out of this run's updates so far; None forgets it.
     """
 
@@ -82,6 +111,7 @@ class TrainRequest:
     dataset_file: Path
     columns: Columns
     factors: str = "both"
+    prefix: PrefixRequest | None = None
     residual_file: Path | None = None
 
     @classmethod
@@ -119,6 +149,7 @@ class TrainRequest:
             dataset_file=Path(dataset["path"]),
             columns=Columns(**dataset["columns"]),
             factors=str(value.get("factors", "both")),
+            prefix=PrefixRequest.from_json(value["prefix"]) if value.get("prefix") else None,
             residual_file=Path(value["residual_file"]) if value.get("residual_file") else None,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from edge_agent.admission import AdmissionRequest, Admitted, MemoryModel, admit
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, current_capability
 from edge_agent.policy_watch import PolicyWatch
+from edge_agent.power_meter import energy_of
 from edge_agent.round_directory import ASSIGNMENT_FILE, RESULT_FILE, UPDATE_FILE
 from edge_agent.settings import DatasetSettings
 from edge_agent.state_dir import StateDir, write_durably
-from edge_agent.trainer import Trainer
+from edge_agent.trainer import Trainer, TrainerProgress
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import Codec, LoraConfig
-from wire_protocol.messages import BlobRef, Progress, RoundStart, StepReport, UpdateManifest
+from wire_protocol.messages import Progress, RoundStart, UpdateManifest
+from wire_protocol.parts import BlobRef, StepReport
 
 log = structlog.get_logger()
 
@@ -73,6 +75,7 @@ async def do_round(
         ServerUnavailable, Refused: the server does not answer, or says no.
     """
     round_dir = shop.state.round_dir(start.assignment_id)
+    energy_j: float | None = None
     if not (round_dir / RESULT_FILE).exists():
         if shop.watch.reason:
             line = f"its owner does not let it train now: {shop.watch.reason}"
@@ -83,26 +86,39 @@ async def do_round(
         spent_s = time.monotonic() - began + _upload_estimate_s(shop, start)
         left_s = max(1.0, start.deadline_s - spent_s)
         _write_assignment(shop, start, round_dir, left_s)
-        await shop.trainer.train(
-            round_dir,
-            on_progress=lambda p: on_progress(
-                Progress(
-                    assignment_id=start.assignment_id,
-                    phase="training",
-                    step=p.step,
-                    steps=p.steps,
-                    loss=p.loss,
-                )
-            ),
-        )
+        energy_j = await _train(shop, start, round_dir, on_progress)
     on_progress(Progress(assignment_id=start.assignment_id, phase="uploading"))
     began, sent_before = time.monotonic(), shop.blobs.sent_bytes
     update = await shop.blobs.upload(round_dir / UPDATE_FILE)
     sending = {
         "upload_s": time.monotonic() - began,
         "upload_bytes": shop.blobs.sent_bytes - sent_before,
+        "energy_j": energy_j,
     }
     return _manifest(shop, start, round_dir, update=update, sending=sending)
+
+
+async def _train(
+    shop: Workshop, start: RoundStart, round_dir: Path, on_progress: Callable[[Progress], None]
+) -> float | None:
+    """Let the trainer work; returns the joules that the board drew meanwhile, if it can tell."""
+
+    def report(done: TrainerProgress) -> None:
+        on_progress(
+            Progress(
+                assignment_id=start.assignment_id,
+                phase="training",
+                step=done.step,
+                steps=done.steps,
+                loss=done.loss,
+            )
+        )
+
+    return await energy_of(
+        lambda: shop.trainer.train(round_dir, on_progress=report),
+        lambda: shop.device.sensors().power_w,
+        clock=time.monotonic,
+    )
 
 
 async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
@@ -112,6 +128,9 @@ async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
     target = shop.state.blobs / start.adapter.sha256
     began, received_before = time.monotonic(), shop.blobs.received_bytes
     await shop.blobs.download(start.adapter.sha256, start.adapter.size_bytes, target)
+    if start.prefix and start.prefix.adapter:
+        below = start.prefix.adapter
+        await shop.blobs.download(below.sha256, below.size_bytes, shop.state.blobs / below.sha256)
     spent = {
         "download_s": time.monotonic() - began,
         "download_bytes": shop.blobs.received_bytes - received_before,
@@ -157,10 +176,24 @@ def _write_assignment(
         "threads": device.settings.threads,
         "memory_limit_bytes": None if emulation else _budget_bytes(shop),
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
+        "prefix": _prefix(shop, start),
     }
     write_durably(
         round_dir / ASSIGNMENT_FILE, json.dumps(request).encode(), site="agent.assignment"
     )
+
+
+def _prefix(shop: Workshop, start: RoundStart) -> dict[str, object] | None:
+    """A prefix that stays for many rounds, and where its hidden states are kept."""
+    if start.prefix is None:
+        return None
+    below = start.prefix.adapter
+    return {
+        "adapter_file": str(shop.state.blobs / below.sha256) if below else None,
+        "cache_dir": str(shop.state.cache / "prefix"),
+        "cache_bytes": shop.device.settings.prefix_cache_bytes,
+        "model_digest": start.model_digest,
+    }
 
 
 def _budget_bytes(shop: Workshop) -> int:
@@ -172,7 +205,9 @@ def _upload_estimate_s(shop: Workshop, start: RoundStart) -> float:
     link = current_capability(shop.device, shop.state).link
     if link is None:
         return 0.0
-    share = start.lora.depth / start.lora.layer_count * CODEC_SHARE[start.recipe.codec]
+    # With a prefix the adapter holds no more than what is trained.
+    trained = 1.0 if start.prefix else start.lora.depth / start.lora.layer_count
+    share = trained * CODEC_SHARE[start.recipe.codec]
     return start.adapter.size_bytes * share / link.up_bytes_per_s + 4 * link.round_trip_s
 
 
@@ -207,7 +242,7 @@ def _manifest(
     round_dir: Path,
     *,
     update: BlobRef,
-    sending: dict[str, float],
+    sending: Mapping[str, float | None],
 ) -> UpdateManifest:
     try:
         result = json.loads((round_dir / RESULT_FILE).read_text(encoding="utf-8"))

@@ -19,7 +19,6 @@ from wire_protocol.errors import FailureCode
 from wire_protocol.messages import (
     Ack,
     Benchmark,
-    CapabilityProfile,
     Command,
     Failure,
     Rebirth,
@@ -28,6 +27,7 @@ from wire_protocol.messages import (
     Unmeasured,
     UpdateManifest,
 )
+from wire_protocol.parts import CapabilityProfile
 
 HEARTBEAT_JITTER = 0.2
 REMEMBERED_ASSIGNMENTS = 64

@@ -82,6 +82,11 @@ class AgentSettings(Settings):
     memory_limit_bytes: int | None = Field(
         None, gt=0, description="never plan to use more than this for training"
     )
+    prefix_cache_bytes: int = Field(
+        1_000_000_000,
+        ge=0,
+        description="disk for hidden states of frozen layers, never over a quarter of what is free",
+    )
     trainer_python: str | None = Field(
         None, description="interpreter of the trainer; default: the agent's own"
     )

@@ -2,6 +2,7 @@
 
     <root>/lock                  held while an agent runs; contains its process id
     <root>/counters/<name>       numbers that only ever grow
+    <root>/identity/             key and certificate of an enrolled device
     <root>/outbox/               messages that the server has not acknowledged
     <root>/rounds/<assignment>/  one round directory per assignment
     <root>/residuals/            what a coarse codec left out so far
@@ -25,7 +26,7 @@ import structlog
 
 from wire_protocol import durable
 from wire_protocol.errors import AlreadyRunning, ConfigError, DeviceError, FailureCode
-from wire_protocol.messages import Identifier
+from wire_protocol.parts import Identifier
 
 log = structlog.get_logger()
 

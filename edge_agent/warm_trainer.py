@@ -10,15 +10,18 @@ import errno
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 
 from edge_agent.base_model import BaseModel, load_base_model
 from edge_agent.dataset import Tokenised
 from edge_agent.error_feedback import COARSE, encode_with_feedback, read_residual
-from edge_agent.finetune import Outcome, Supervision, prepare_data, train
+from edge_agent.finetune import Outcome, Supervision, autocast_dtype, prepare_data, train
+from edge_agent.frozen_prefix import PrefixCache, PrefixGoneError, is_cached
+from edge_agent.layer_range import give_up_below, given_up
 from edge_agent.peak_memory import is_out_of_memory, limit_memory, release_memory
+from edge_agent.prefix_store import PrefixStore
 from edge_agent.probe import ProbeRequest, benchmark
 from edge_agent.round_directory import (
     BENCHMARK_RESULT_FILE,
@@ -29,7 +32,7 @@ from edge_agent.round_directory import (
 from wire_protocol.durable import write_durably
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
 from wire_protocol.lora import Codec
-from wire_protocol.tensors import decode, encode
+from wire_protocol.tensors import Adapter, decode, encode
 
 
 class WarmTrainer:
@@ -54,14 +57,13 @@ class WarmTrainer:
         torch.set_num_threads(request.limits.threads)
         limit_memory(None)
         try:
-            adapter = decode(_read(request.adapter_file))
-            base = self._base_model(
-                request.model_dir, request.recipe.task, request.recipe.label_count
-            )
-            data = self._tokenised(base, request)
-            # Not before: the tokenizer aborts the process where torch would raise.
-            limit_memory(request.limits.memory_limit_bytes)
-            outcome = train(base, data, adapter=adapter, request=request, supervision=supervision)
+            adapter = _applied(request)
+            try:
+                outcome = self._train(request, adapter, supervision)
+            except PrefixGoneError:
+                # Stored states proved damaged after the layers below had been freed.
+                self._base = None
+                outcome = self._train(request, adapter, supervision, whole=True)
         except ProtocolError as error:
             line = f"the global adapter does not fit: {error}"
             raise DeviceError(FailureCode.UNSUPPORTED_MODEL, line) from error
@@ -74,6 +76,40 @@ class WarmTrainer:
         )
         return outcome.report.steps_done
 
+    def _train(
+        self,
+        request: TrainRequest,
+        adapter: Adapter,
+        supervision: Supervision,
+        *,
+        whole: bool = False,
+    ) -> Outcome:
+        """Train; without the layers below, unless ``whole``, when their output is cached."""
+        base, data = self._prepared(request)
+        cache = _prefix_cache(request)
+        boundary = sum(rank == 0 for rank in request.ranks)
+        autocast = autocast_dtype(base.device.type, request.limits.precision)
+        if given_up(base) and (cache is None or given_up(base) > boundary):
+            self._base = None
+            base, data = self._prepared(request)
+        if cache and boundary and not whole:
+            if is_cached(cache, adapter, data, boundary=boundary, autocast=autocast):
+                give_up_below(base, boundary)
+                release_memory()
+            elif given_up(base):
+                self._base = None
+                base, data = self._prepared(request)
+        # Not before: the tokenizer aborts the process where torch would raise.
+        limit_memory(request.limits.memory_limit_bytes)
+        return train(
+            base, data, adapter=adapter, request=request, supervision=supervision, cache=cache
+        )
+
+    def _prepared(self, request: TrainRequest) -> tuple[BaseModel, list[Tokenised]]:
+        recipe = request.recipe
+        base = self._base_model(request.model_dir, recipe.task, recipe.label_count)
+        return base, self._tokenised(base, request)
+
     def benchmark(self, request_file: Path, on_step: Callable[[int, str], object]) -> None:
         """Measure a base model; the result lies next to the request then.
 
@@ -84,6 +120,8 @@ class WarmTrainer:
         request = _probe_request(value)
         torch.set_num_threads(request.threads)
         limit_memory(None)
+        if self._base is not None and given_up(self._base):
+            self._base = None  # it measures every layer
         base = self._base_model(Path(value["model_dir"]), value["task"], int(value["label_count"]))
         limit_memory(request.memory_limit_bytes)
         result = benchmark(base, request, on_step=on_step)
@@ -91,7 +129,8 @@ class WarmTrainer:
         write_durably(target, json.dumps(result).encode(), site="trainer.benchmark")
 
     def _base_model(self, model_dir: Path, task: str, label_count: int) -> BaseModel:
-        key = (model_dir, task, label_count)
+        # A folder that was put right must not go on as what it had been.
+        key = (model_dir, _stamps(model_dir), task, label_count)
         if self._base is None or self._base_key != key:
             self._base, self._data_key, self._data = None, (), []
             release_memory()
@@ -112,6 +151,27 @@ class WarmTrainer:
             )
             self._data_key = key
         return self._data
+
+
+def _stamps(folder: Path) -> Tuple[Tuple[str, int, int], ...]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = [(str(path), path.stat()) for path in files]
+    return tuple((path, state.st_mtime_ns, state.st_size) for path, state in states)
+
+
+def _applied(request: TrainRequest) -> Adapter:
+    """The global adapter, and below it the snapshot that is kept for many rounds."""
+    adapter = decode(_read(request.adapter_file))
+    if request.prefix is None or request.prefix.adapter_file is None:
+        return adapter
+    return {**decode(_read(request.prefix.adapter_file)), **adapter}
+
+
+def _prefix_cache(request: TrainRequest) -> PrefixCache | None:
+    if request.prefix is None:
+        return None
+    store = PrefixStore(request.prefix.cache_dir, request.prefix.cache_bytes)
+    return PrefixCache(store, request.prefix.model_digest)
 
 
 def failure_of(error: BaseException) -> DeviceError:
@@ -136,7 +196,9 @@ def _read(path: Path) -> bytes:
 def _encoded(outcome: Outcome, request: TrainRequest) -> bytes:
     codec, residual_file = request.recipe.codec, request.residual_file
     try:
-        if codec not in COARSE or residual_file is None:
+        # What was left out would come on top of an update that privacy limits in size.
+        private = request.recipe.clip_norm is not None
+        if codec not in COARSE or residual_file is None or private:
             return encode(outcome.delta, codec)
         residual = read_residual(residual_file)
         data, residual = encode_with_feedback(outcome.delta, residual, codec)

@@ -106,10 +106,13 @@ def _read(file: Traversable | Path, place: str) -> str:
 
 def _parse(model: type[ProfileType], text: str, place: str) -> ProfileType:
     try:
-        return model.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text)
+    # PyYAML lets Python's own errors through: "!!int x", "2001-13-45", a thousand brackets.
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError) as error:
         line = " ".join(str(error).split())
         raise ProfileError(f"{place}: is not YAML: {line}") from error
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the whole file"
