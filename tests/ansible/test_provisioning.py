@@ -1,6 +1,6 @@
-"""site.yml and reset.yml against real hosts: systemd, ssh, apt, mosquitto, the agent itself.
+"""The playbooks against real hosts: systemd, ssh, apt, mosquitto with mutual TLS, the agent itself.
 
-Takes about six minutes and the network (Debian's mirror, and the package index on this machine).
+Takes about ten minutes and the network (Debian's mirror, and the package index on this machine).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 
 from tests.ansible.lab import Host, Lab, what_is_missing
 
-pytestmark = [pytest.mark.ansible, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ansible, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -29,6 +31,7 @@ L4T = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aar
 SERVER = Host("server", 2 * GIB)
 PI = Host("pi", 2 * GIB, "Raspberry Pi 4 Model B Rev 1.4")
 ORIN = Host("orin", 4 * GIB, "NVIDIA Jetson Orin Nano Developer Kit", L4T)
+IDENTITY = "/var/lib/edge-agent/identity"
 TRACES = (
     "find / -xdev ( -iname *edge-agent* -o -iname *broker-server* -o -iname *legend* "
     "-o -name mosquitto ) -not -path /proc/* -not -path /tmp/* -not -path /var/log/journal/*"
@@ -63,10 +66,35 @@ class Fleet:
 
     def devices(self) -> dict[str, dict[str, Any]]:
         """The fleet as the server sees it."""
-        address = f"http://{self.lab.address('server')}:8300/v1/devices"
+        address = f"https://{self.lab.address('server')}:8300/v1/devices"
         request = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        trust = ssl.create_default_context(cafile=str(self.authority / "ca.pem"))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust)
+        )
+        with opener.open(request) as answer:
             return {row["device_id"]: row for row in json.load(answer)["devices"]}
+
+    @property
+    def authority(self) -> Path:
+        """Where the authority's key is."""
+        return self._inventory.parent / "pki"
+
+    def presented(self, port: int) -> str:
+        """The certificate that a port of the server shows."""
+        return ssl.get_server_certificate((self.lab.address("server"), port))
+
+    def serial(self, name: str) -> str:
+        """Of the certificate that a device has."""
+        certificate = f"{IDENTITY}/device.pem"
+        return self.lab.execute(name, "openssl", "x509", "-in", certificate, "-noout", "-serial")
+
+    def wait_until_state(self, name: str, state: str) -> None:
+        """Wait until the server sees a device in this state."""
+        give_up_at = time.monotonic() + 180
+        while (seen := self.devices()[name]["state"]) != state:
+            assert time.monotonic() < give_up_at, f"{name} is {seen} and not {state}"
+            time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +136,8 @@ def _inventory(lab: Lab, dist: Path, house: Path) -> dict[str, object]:
         "base_sysroot": "/opt/fake-board",
         "edge_agent_extras": [],
         "edge_agent_fleet": "lab",
-        "edge_agent_server": f"http://{lab.address('server')}:8300",
+        "edge_agent_training": {"window": "00:00-23:59", "temperature_max_c": 90},
+        "edge_agent_server": f"https://{lab.address('server')}:8300",
     }
     content = lab.inventory(
         {
@@ -117,9 +146,9 @@ def _inventory(lab: Lab, dist: Path, house: Path) -> dict[str, object]:
         }
     )
     shared: dict[str, object] = {"base_time_sync": "none"}
+    shared["broker_server_token"] = TOKEN
     for role in ("edge_agent", "broker_server"):
         shared |= {
-            f"{role}_token": TOKEN,
             f"{role}_version": version,
             f"{role}_wheel_dir": str(dist),
             f"{role}_wheelhouse": str(house),
@@ -134,9 +163,11 @@ def test_a_fleet_comes_up_stays_as_it_is_and_goes_without_a_trace(fleet: Fleet) 
     before = {host.name: _traces(fleet, host) for host in (SERVER, PI, ORIN)}
     fleet.play("site.yml", "--check", "--diff")
     assert {host.name: _traces(fleet, host) for host in (SERVER, PI, ORIN)} == before
+    assert not fleet.authority.exists()
 
     fleet.play("site.yml")
     _check_the_fleet(fleet)
+    _check_the_keys(fleet)
 
     assert {host: row["changed"] for host, row in fleet.play("site.yml").items()} == {
         "server": 0,
@@ -146,10 +177,70 @@ def test_a_fleet_comes_up_stays_as_it_is_and_goes_without_a_trace(fleet: Fleet) 
     again = fleet.play("site.yml", "--check", "--diff")
     assert sum(row["changed"] for row in again.values()) == 0
 
+    _check_the_other_playbooks(fleet)
+    _check_that_certificates_are_renewed(fleet)
+    _check_that_a_device_can_be_thrown_out_and_let_in_again(fleet)
+
     fleet.play("reset.yml", "-e", "reset_confirm=yes")
     assert {host.name: _traces(fleet, host) for host in (SERVER, PI, ORIN)} == before
     assert "cgroup_enable" not in fleet.lab.execute("pi", "cat", "/boot/firmware/cmdline.txt")
     assert fleet.lab.execute("pi", "id", "edge-agent").endswith("no such user")
+
+
+def _check_the_keys(fleet: Fleet) -> None:
+    on_server = fleet.lab.execute("server", "ls", "/var/lib/broker-server/pki").split()
+    assert {"server.key", "broker.key", "crl.pem", "server-signing.json"} <= set(on_server)
+    assert not {"ca.key", "operator.key"} & set(on_server)
+    key = fleet.lab.execute("pi", "stat", "-c", "%U %a", f"{IDENTITY}/device.key")
+    assert key == "edge-agent 600"
+    assert TOKEN not in fleet.lab.execute("pi", "cat", "/etc/edge-agent/settings.yml")
+    for port in (8300, 8883):
+        assert "BEGIN CERTIFICATE" in fleet.presented(port)
+
+
+def _check_the_other_playbooks(fleet: Fleet) -> None:
+    logs = fleet.authority.parent / "logs"
+    fleet.play("collect_logs.yml", "-e", f"collect_logs_to={logs}")
+    doctor = json.loads((logs / "pi" / "doctor.json").read_text(encoding="utf-8"))
+    assert doctor
+    assert "server_ready" in (logs / "server" / "broker-server.log").read_text(encoding="utf-8")
+    version = fleet.lab.execute("pi", "readlink", "/opt/edge-agent/current").rpartition("/")[2]
+    back = fleet.play("rollback.yml", "-e", f"rollback_version={version}")
+    assert sum(row["changed"] for row in back.values()) == 0
+    fleet.play("power_mode.yml", "--limit", "orin", "-e", "jetson_power_mode=MAXN")
+    status = fleet.lab.execute("orin", "cat", "/opt/fake-board/var/lib/nvpmodel/status")
+    assert status.startswith("pmode:0000")
+    fleet.wait_until_state("orin", "online")
+
+
+def _check_that_certificates_are_renewed(fleet: Fleet) -> None:
+    names = [host.name for host in (PI, ORIN)]
+    before = {name: fleet.serial(name) for name in names}
+    keys = {name: fleet.lab.execute(name, "sha256sum", f"{IDENTITY}/device.key") for name in names}
+    shown = {port: fleet.presented(port) for port in (8300, 8883)}
+    show = ("systemctl", "show", "-P", "MainPID", "broker-server")
+    pid = fleet.lab.execute("server", *show)
+    fleet.play("rotate.yml")
+    for name in names:
+        assert fleet.serial(name) != before[name]
+        assert fleet.lab.execute(name, "sha256sum", f"{IDENTITY}/device.key") == keys[name]
+        fleet.wait_until_state(name, "online")
+    for port, certificate in shown.items():
+        assert fleet.presented(port) != certificate
+    # Not restarted: a round that runs goes on.
+    assert fleet.lab.execute("server", *show) == pid
+
+
+def _check_that_a_device_can_be_thrown_out_and_let_in_again(fleet: Fleet) -> None:
+    key = fleet.lab.execute("orin", "sha256sum", f"{IDENTITY}/device.key")
+    fleet.play("revoke.yml", "-e", "revoke_device=orin")
+    fleet.wait_until_state("orin", "lost")
+    assert fleet.devices()["pi"]["state"] == "online"
+    with pytest.raises(AssertionError, match="orin was revoked"):
+        fleet.play("site.yml", "--limit", "server,orin", "--tags", "identity")
+    fleet.play("site.yml", "--limit", "server,orin", "-e", "device_identity_readmit=true")
+    fleet.wait_until_state("orin", "online")
+    assert fleet.lab.execute("orin", "sha256sum", f"{IDENTITY}/device.key") != key
 
 
 def _traces(fleet: Fleet, host: Host) -> list[str]:

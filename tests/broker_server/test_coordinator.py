@@ -38,7 +38,8 @@ from broker_server.run_state import RunCheckpoint, RunPlan, RunStatus
 from broker_server.strategies import strategy_named
 from tests.support.capacities import SIX_LAYERS, device
 from tests.support.messages import SHA, a_manifest, a_recipe
-from wire_protocol.messages import BlobRef, UpdateManifest
+from wire_protocol.messages import UpdateManifest
+from wire_protocol.parts import BlobRef
 
 ActionType = TypeVar("ActionType", bound=Action)
 

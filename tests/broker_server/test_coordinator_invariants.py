@@ -29,7 +29,8 @@ from broker_server.run_events import (
 )
 from tests.broker_server.test_coordinator import Conversation
 from tests.support.capacities import device
-from wire_protocol.messages import BlobRef, UpdateManifest
+from wire_protocol.messages import UpdateManifest
+from wire_protocol.parts import BlobRef
 
 DEVICES = st.sampled_from(["a", "b", "c"])
 

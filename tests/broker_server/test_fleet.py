@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from broker_server.fleet import Fleet, Joined, Left, NeedsRebirth
+from broker_server.fleet import (
+    USED_TWICE,
+    USED_TWICE_S,
+    Fleet,
+    Joined,
+    Left,
+    NeedsRebirth,
+    UsedTwice,
+)
 from tests.support.messages import SHA, a_birth, a_capability, a_manifest, a_report
 from wire_protocol.messages import Heartbeat
 
@@ -136,7 +144,7 @@ def test_a_device_that_could_not_measure_itself_says_why_until_it_starts_again()
 def test_an_agent_of_another_protocol_stays_out_with_the_reason() -> None:
     fleet = Fleet()
     fleet.born("pi-1", 1, a_birth(protocol=(9,)), 0.0)
-    assert "speaks protocol (9,)" in capacity_of(fleet)[1]
+    assert "speaks protocol 9, this server 1" in capacity_of(fleet)[1]
 
 
 def test_rounds_move_the_estimate_and_a_new_benchmark_replaces_it() -> None:
@@ -186,3 +194,28 @@ def test_a_device_may_say_so_as_it_introduces_itself() -> None:
     fleet = Fleet()
     fleet.born("pi-1", 1, a_birth(not_training="on battery"), 0.0)
     assert fleet.devices["pi-1"].not_training == "on battery"
+
+
+def test_two_agents_of_one_name_are_told_apart_and_kept_out_until_one_is_gone() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 8, a_birth(boot_id="first"), 0.0)
+    assert fleet.born("pi-1", 8, a_birth(boot_id="second"), 1.0)[-1] == Joined("pi-1")
+    assert fleet.born("pi-1", 9, a_birth(boot_id="first"), 2.0)[0] == UsedTwice("pi-1")
+    again = fleet.born("pi-1", 9, a_birth(boot_id="second"), 3.0)
+    assert UsedTwice("pi-1") not in again, "said once"
+    assert fleet.devices["pi-1"].note == USED_TWICE
+    wanted = {"model_digest": SHA, "dataset": "triage", "labels": ()}
+    assert fleet.capacity("pi-1", **wanted) == (None, USED_TWICE)  # type: ignore[arg-type]
+    for now in range(20, 603, 20):
+        fleet.heartbeat("pi-1", 9, BEAT, float(now))
+    assert fleet.next_deadline() == 3.0 + USED_TWICE_S
+    assert fleet.expire(3.0 + USED_TWICE_S) == [Joined("pi-1")]
+    assert fleet.devices["pi-1"].note == ""
+
+
+def test_a_birth_of_an_earlier_boot_that_the_broker_delivers_again_is_no_second_agent() -> None:
+    fleet = Fleet()
+    fleet.born("pi-1", 8, a_birth(boot_id="first"), 0.0)
+    fleet.born("pi-1", 9, a_birth(boot_id="second"), 1.0)
+    changes = fleet.born("pi-1", 8, a_birth(boot_id="first"), 2.0)
+    assert UsedTwice("pi-1") not in changes

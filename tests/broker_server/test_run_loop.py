@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from broker_server.blobs import BlobStore
 from broker_server.coordinator import Coordinator
+from broker_server.delivery import RunContext
 from broker_server.evaluator import Evaluator
 from broker_server.run_events import (
     AcceptedUpdate,
@@ -24,17 +25,19 @@ from broker_server.run_events import (
     StepBroke,
     UpdateChecked,
 )
-from broker_server.run_loop import RunContext, RunLoop
+from broker_server.run_loop import RunLoop
 from broker_server.run_state import MemberCheckpoint, RunCheckpoint, RunPlan
 from broker_server.store import Store
 from broker_server.strategies import strategy_named
 from broker_server.strategies.learning import restore_state, saved_state
+from broker_server.strategies.protected import protected_strategy
 from broker_server.strategies.strategy import Factors
 from tests.support.capacities import SIX_LAYERS
 from tests.support.messages import SHA, a_manifest, a_recipe, a_report
 from wire_protocol.lora import Codec
-from wire_protocol.messages import Ack, BlobRef, Command, UpdateManifest
+from wire_protocol.messages import Ack, Command, UpdateManifest
 from wire_protocol.model_family import adapter_shapes, model_shape
+from wire_protocol.parts import BlobRef
 from wire_protocol.tensors import decode, encode
 
 SHAPE = model_shape(
@@ -89,11 +92,13 @@ def manifest_of(loop: RunLoop, data: bytes, **changes: int) -> UpdateManifest:
     return a_manifest(ranks=RANKS, update=update, examples=changes.get("examples", 100))
 
 
-def check(loop: RunLoop, data: bytes, *, factors: Factors = "both", **changes: int) -> str | None:
+def check(
+    loop: RunLoop, data: bytes, *, factors: Factors = "both", steps: int = 5, **changes: int
+) -> str | None:
     """What the loop finds wrong with these bytes."""
     manifest = manifest_of(loop, data, **changes)
     part = MemberCheckpoint(
-        assignment_id="a", ranks=RANKS, steps=1, predicted_s=1.0, factors=factors
+        assignment_id="a", ranks=RANKS, steps=steps, predicted_s=1.0, factors=factors
     )
     action = CheckUpdate("pi", "m", manifest, part)
     answer = anyio.run(told, loop, loop._check, action)
@@ -192,3 +197,42 @@ def test_a_server_optimizer_s_memory_is_saved_with_every_checkpoint(loop: RunLoo
     kept, expected = saved_state(restored), saved_state(loop.coordinator.strategy)
     assert kept.keys() == expected.keys() != set()
     assert all(np.array_equal(kept[name], expected[name]) for name in kept)
+
+
+def test_an_update_of_more_steps_than_were_asked_for_has_a_problem(loop: RunLoop) -> None:
+    assert check(loop, encode(tensors(), Codec.FP32), steps=4) == "it claims 5 steps of 4"
+
+
+def test_an_aggregation_that_is_done_again_has_learned_nothing_the_first_time(
+    loop: RunLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.coordinator.strategy = protected_strategy("legend", {"server_optimizer": "momentum"})
+    aggregate(loop, [(1.0, 100), (1.1, 100), (0.9, 100)])
+    before = saved_state(loop.coordinator.strategy)
+    base = encode(tensors(0.0, ranks=(1, 2, 4)), Codec.FP32)
+    ref = BlobRef(sha256=loop.blobs.put(base), size_bytes=len(base))
+    data = encode(tensors(2.0), Codec.FP32)
+    action = AggregateRound(2, ref, (AcceptedUpdate("pi", manifest_of(loop, data)),))
+
+    def full(_data: bytes) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.blobs, "put", full)
+        with pytest.raises(OSError, match="No space"):
+            loop._new_adapter(action)
+
+    after = saved_state(loop.coordinator.strategy)
+    assert after.keys() == before.keys() != set()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_poison_is_refused_named_and_reported_with_the_round(loop: RunLoop) -> None:
+    loop.coordinator.strategy = protected_strategy("legend", {})
+
+    event = aggregate(loop, [(1.0, 100), (1.1, 100), (0.9, 100), (90.0, 100)])
+
+    assert isinstance(event, RoundAggregated)
+    assert [(one.device_id, one.verdict) for one in event.findings] == [("d3", "refused")]
+    new = decode(loop.blobs.read(event.adapter.sha256))
+    np.testing.assert_allclose(new["head.bias"], 1.0, rtol=1e-6)

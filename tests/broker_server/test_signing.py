@@ -6,8 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from broker_server.signing_keys import OPERATOR_KEY, SERVER_KEY, load_or_make, renew
+from broker_server.cli import main
+from broker_server.signing_keys import (
+    OPERATOR_KEY,
+    OPERATOR_PUBLIC_KEY,
+    SERVER_KEY,
+    load_or_make,
+    renew,
+)
 from broker_server.voice import DeviceVoices
 from tests.support.messages import a_birth
 from wire_protocol.errors import ConfigError, ProtocolError, Refused
@@ -61,11 +69,19 @@ def test_the_operator_key_may_lie_elsewhere(tmp_path: Path) -> None:
     assert renew(tmp_path, "home", operator_key_file=tmp_path / "usb.key").number == 2
 
 
+def test_a_fleet_whose_operator_key_is_elsewhere_does_not_get_another(tmp_path: Path) -> None:
+    keys = load_or_make(tmp_path / "made", "home")
+    (tmp_path / OPERATOR_PUBLIC_KEY).write_text(keys.operator_key)
+    with pytest.raises(ConfigError, match="kept elsewhere"):
+        load_or_make(tmp_path, "home")
+    assert not (tmp_path / OPERATOR_KEY).exists()
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"seed":"zz","voucher":""}', "\x00"])
 def test_a_damaged_key_is_an_error_that_says_which_file(tmp_path: Path, content: str) -> None:
     load_or_make(tmp_path, "home")
     (tmp_path / SERVER_KEY).write_text(content)
-    with pytest.raises(ConfigError, match=r"server\.json is damaged"):
+    with pytest.raises(ConfigError, match=r"server-signing\.json is damaged"):
         load_or_make(tmp_path, "home")
 
 
@@ -107,3 +123,29 @@ def _tampered() -> bytes:
 def test_a_forged_message_is_refused(device_id: str, payload: bytes, because: str) -> None:
     with pytest.raises(ProtocolError, match=because):
         DeviceVoices(check).open(device_id, Channel.UPDATE, payload)
+
+
+def test_the_command_line_shows_and_renews_the_key_and_never_prints_a_secret(
+    tmp_path: Path,
+) -> None:
+    settings = tmp_path / "settings.yml"
+    settings.write_text(f"fleet: home\nstate_dir: {tmp_path / 'state'}\n")
+    run = CliRunner().invoke
+
+    def numbers(*arguments: str) -> dict[str, object]:
+        answer = run(main, ["signing-key", *arguments, "--settings", str(settings), "--json"])
+        assert answer.exit_code == 0, answer.output
+        for name in (OPERATOR_KEY, SERVER_KEY):
+            text = (tmp_path / "state" / "signing" / name).read_text()
+            seed = json.loads(text)["seed"] if name == SERVER_KEY else text.strip()
+            assert seed not in answer.output
+        return dict(json.loads(answer.output))
+
+    first, second = numbers("show"), numbers("renew")
+    assert (first["number"], second["number"]) == (1, 2)
+    assert first["operator_key"] == second["operator_key"]
+    assert first["server_key"] != second["server_key"]
+    missing = ["signing-key", "renew", "--settings", str(settings), "--operator-key", "nowhere"]
+    answer = run(main, missing)
+    assert answer.exit_code == 78
+    assert "is not here" in answer.output

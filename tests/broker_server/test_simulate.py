@@ -195,6 +195,7 @@ def test_two_held_out_files_decide_and_report_apart(spec_path: Path, tmp_path: P
     other.write_text("text\tlabel\nthe film was good\tpositive\nan awful script\tnegative\n")
     state = run(spec_path, tmp_path / "out", f"validation={{path: {other}}}", "rounds=1")
     metrics = lines(tmp_path / "out", "metrics.jsonl")
-    assert [score.accuracy for score in state.test_scores] == [x["test_accuracy"] for x in metrics]
+    tested = [score.accuracy for score in state.test_scores if score is not None]
+    assert tested == [x["test_accuracy"] for x in metrics]
     assert {x["accuracy"] for x in metrics} <= {0.0, 0.5, 1.0}
     assert [x["loss"] for x in metrics] != [x["test_loss"] for x in metrics]

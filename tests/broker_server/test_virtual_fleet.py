@@ -9,8 +9,8 @@ from broker_server.virtual_fleet import BYTES_PER_MBIT, KEPT_VALUES, ModelCost, 
 from profiles.loader import load_board, load_fleet
 from profiles.schema import FleetProfile
 from tests.support.simulations import FLEET
-from wire_protocol.messages import DatasetReport
 from wire_protocol.model_family import ModelShape
+from wire_protocol.parts import DatasetReport
 
 PROFILE = FleetProfile.model_validate(FLEET)
 COST = ModelCost(ModelShape("bert", 3, 16, 16, 1000), "0" * 64, 10_000)

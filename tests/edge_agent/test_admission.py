@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from edge_agent.admission import AdmissionRequest, Admitted, MemoryModel, admit
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import LoraConfig
-from wire_protocol.messages import ComputeReport
+from wire_protocol.parts import ComputeReport
 
 MB = 10**6
 

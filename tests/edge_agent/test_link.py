@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.link import PROBE_BYTES, LinkShape, ShapedLink, TokenBucket, measure_link
-from wire_protocol.messages import LinkReport
+from wire_protocol.parts import LinkReport
 
 
 class VirtualClock:

@@ -12,12 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAINER = (
     "base_model",
+    "clip_update",
     "dataset",
     "error_feedback",
     "finetune",
+    "frozen_prefix",
+    "layer_range",
     "onnx_runtime",
     "peak_memory",
     "peft_adapter",
+    "prefix_store",
     "probe",
     "round_directory",
     "stretch",

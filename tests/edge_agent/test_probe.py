@@ -24,7 +24,7 @@ from edge_agent.probe import (
 )
 from tests.support.tiny_models import make_base_model
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.messages import ComputeReport, InferenceReport
+from wire_protocol.parts import ComputeReport, InferenceReport
 
 pytestmark = pytest.mark.train
 
@@ -155,9 +155,9 @@ def test_no_part_of_the_memory_is_negative(peak: list[float]) -> None:
 
 def test_seconds_that_follow_the_model_are_found_again() -> None:
     costs = {
-        depth: StepCost(100, 1.0, forward_s=100 * 6 * 2e-5, backward_s=100 * depth * 3e-5)
+        depth: StepCost(100, 1.0, 100 * 6 * 2e-5, 100 * depth * 3e-5, forward_token_layers=600)
         for depth in (1, 6)
     }
     measured = [Point(depth, 100, (cost, cost), 0) for depth, cost in costs.items()]
     idle = Point(0, 0, (), 0)
-    assert fit_seconds([*measured, idle], 6) == pytest.approx((2e-5, 3e-5))
+    assert fit_seconds([*measured, idle]) == pytest.approx((2e-5, 3e-5))

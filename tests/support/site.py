@@ -32,21 +32,32 @@ class Site:
     broker: str = "embedded"
     heartbeat_s: float = 2.0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    patience_s: float = PATIENCE_S
+    environment: dict[str, str] = field(default_factory=dict)
+    """Further variables for the processes that are started from now on."""
 
     def start_server(self) -> None:
         """Start the server, or start it again in the same state directory."""
         ready = self.folder / "server" / "server.json"
         ready.unlink(missing_ok=True)
         port = int(self.url.rpartition(":")[2]) if "server" in self.processes else 0
-        settings = {
+        self.start_server_process(port)
+        self.until(ready.exists, "the server answers")
+        self._url = str(json.loads(ready.read_text())["url"])
+
+    def start_server_process(self, port: int) -> None:
+        """The same without waiting for it."""
+        settings = self.server_settings(port)
+        self._start("server", "broker_server.cli", ["serve", "--settings"], settings)
+
+    def server_settings(self, port: int) -> Json:
+        """What the server's settings file says."""
+        return {
             "fleet": "site",
             "state_dir": str(self.folder / "server"),
             "port": port,
             "broker": {"kind": self.broker},
         }
-        self._start("server", "broker_server.cli", ["serve", "--settings"], settings)
-        self.until(ready.exists, "the server answers")
-        self._url = str(json.loads(ready.read_text())["url"])
 
     @property
     def url(self) -> str:
@@ -174,7 +185,7 @@ class Site:
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Poll; fails with the logs when it does not come true."""
-        give_up_at = time.monotonic() + PATIENCE_S
+        give_up_at = time.monotonic() + self.patience_s
         while not condition():
             if time.monotonic() > give_up_at:
                 logs = "\n".join(
@@ -221,7 +232,7 @@ class Site:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **self.environment},
             )
 
 

@@ -74,7 +74,7 @@ _SIZES: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_base_model(
-    folder: Path, family: str, *, layers: int = LAYERS, pooler: bool = True
+    folder: Path, family: str, *, layers: int = LAYERS, hidden: int = HIDDEN, pooler: bool = True
 ) -> Path:
     """Write a random base model of a family with its tokenizer; the same every time.
 
@@ -82,7 +82,8 @@ def make_base_model(
     """
     tokenizer = _tokenizer(family)
     torch.manual_seed(7)
-    sizes = {**_SIZES[family], FAMILIES[family].layers_key: layers}
+    kind = FAMILIES[family]
+    sizes = {**_SIZES[family], kind.layers_key: layers, kind.hidden_key: hidden}
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes)
     factory = AutoModelForCausalLM if FAMILIES[family].task == "instruction" else AutoModel
     model = factory.from_config(config)

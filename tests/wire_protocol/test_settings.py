@@ -47,7 +47,7 @@ def test_other_variables_with_the_prefix_are_left_alone() -> None:
         ("count: many", "count: "),
         ("inner: {speed: 0}", "inner.speed: "),
         ("- a", "must hold keys and values"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "not YAML"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_where_and_what(text: str, words: str) -> None:
