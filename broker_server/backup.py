@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from fnmatch import fnmatch
@@ -60,6 +61,8 @@ class Snapshot:
         if any(root.glob(SNAPSHOT_PREFIX + "*/busy")):
             raise Refused("another backup is being made; wait for its end")
         self._folder = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=root))
+        # Nobody may ever read a piece: a client that is gone must not block all later backups.
+        self._forget = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             (self._folder / "busy").touch()
             self._members = _linked(root, self._folder / "files")
@@ -92,7 +95,7 @@ class Snapshot:
 
     def close(self) -> None:
         """Forget it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._forget()
 
 
 def check_restored(root: Path) -> None:

@@ -276,6 +276,11 @@ class FleetPki:
         with locked(self.folder):
             self._ledger.write_crl(authority, now)
 
+    def complete_crl(self, now: float) -> None:
+        """Write the list again if a killed process or a full disk left something out of it."""
+        if self.can_issue and not self._ledger.crl_is_complete():
+            self.write_crl(now)
+
     def is_revoked(self, serial: int) -> bool:
         """Whether a certificate must not be accepted any more."""
         return serial in self._ledger.revoked()
@@ -330,8 +335,7 @@ class FleetPki:
         if self.can_issue:
             for kind in self.due(now):
                 self.renew_service(kind, now)
-            if not self._ledger.crl_is_complete():
-                self.write_crl(now)
+        self.complete_crl(now)
         # The broker lets nobody in without it.
         read_file(self.crl_file, or_else="copy it from where the authority's key is kept")
         for kind in SERVICES:

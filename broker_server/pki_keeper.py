@@ -74,7 +74,9 @@ class PkiKeeper:
                 context.load_cert_chain(pair.certificate, pair.key)
             self._loaded = found
 
-    def _apply(self, _now: float) -> None:
+    def _apply(self, now: float) -> None:
+        # The broker knows the list alone: a session ended before it is whole would come back.
+        self._pki.complete_crl(now)
         found = stamp(self._pki.pair("broker").certificate)
         revoked = self._pki.revoked()
         fresh = revoked - self._applied

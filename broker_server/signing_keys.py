@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,14 +72,16 @@ def load_or_make(folder: Path, fleet: str) -> SigningKeys:
 def renew(folder: Path, fleet: str, *, operator_key_file: Path) -> SigningKeys:
     """Replace the server's key by a new one, vouched for by the operator.
 
-    Devices that have heard the new key refuse the old one.
+    Devices that have heard the new key refuse the old one. Its number follows the one of before,
+    and is no lower than the time in seconds: where the old key is lost, the new one is newer too.
 
     Raises:
         ConfigError: the operator key cannot be read.
     """
     operator = Signer(_seed_in(operator_key_file))
     path = folder / SERVER_KEY
-    number = _load(path, fleet).number + 1 if path.exists() else 1
+    before = _load(path, fleet).number if path.exists() else 0
+    number = max(before + 1, int(time.time()))
     seed = new_seed(secrets.token_bytes)
     statement = ServerKeyStatement(fleet=fleet, server_key=Signer(seed).public_key, number=number)
     content = {"seed": seed.hex(), "voucher": sign_statement(statement, operator)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -29,7 +30,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir
 from edge_agent.status_file import StatusFile
 from edge_agent.trainer import Trainer
-from wire_protocol.errors import LegendError, Refused
+from wire_protocol.errors import DeviceError, LegendError, Refused
 from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
@@ -112,15 +113,6 @@ async def _stay_connected(
     topic = DeviceTopic(settings.fleet, settings.device_id, Channel.STATE)
     link = DeviceLink(joined.broker, topic, next_sid=state.counter("sid").increment)
 
-    key_number = state.counter("server_key")
-    guard = CommandGuard(
-        settings.fleet,
-        settings.device_id,
-        joined.operator_key,
-        key_number=key_number.value,
-        on_new_key=key_number.raise_to,
-    )
-
     refusals: list[Refused] = []
 
     def give_up(refusal: Refused | None) -> None:
@@ -140,7 +132,7 @@ async def _stay_connected(
             status=StatusFile(state.root),
             notifier=notifier,
             rng=rng,
-            guard=guard,
+            guard=guard_of(settings, state, joined.operator_key),
             sign=keeper.sign if keeper else bytes,
             on_certificate=keeper.take if keeper else None,
             counters=counters,
@@ -150,6 +142,30 @@ async def _stay_connected(
         await agent.run(tasks)
     if refusals:
         raise refusals[0]
+
+
+def guard_of(settings: AgentSettings, state: StateDir, operator_key: str | None) -> CommandGuard:
+    """Believes this operator's newest server key, over restarts too.
+
+    Numbers are an operator's own: a device that moves to another fleet starts anew.
+    """
+    name = hashlib.sha256((operator_key or "").encode()).hexdigest()[:16]
+    newest = state.counter(f"server_key-{name}")
+
+    def remember(number: int) -> None:
+        try:
+            newest.raise_to(number)
+        except DeviceError as error:
+            # It counts until the next connection, and is heard again then.
+            log.error("server_key_not_remembered", error=str(error))
+
+    return CommandGuard(
+        settings.fleet,
+        settings.device_id,
+        operator_key,
+        key_number=newest.value,
+        on_new_key=remember,
+    )
 
 
 async def _stop_on_signal(scope: anyio.CancelScope) -> None:

@@ -25,7 +25,7 @@ class LinkTiming:
         keepalive_s: the broker declares the device dead after one and a half times this.
         first_retry_s: upper bound of the first delay; doubles with every failure.
         longest_retry_s: the upper bound never exceeds this.
-        refused_retry_s: upper bound while the broker refuses the password.
+        refused_retry_s: upper bound while the broker says that it refuses the password.
         settled_after_s: a connection that lives so long resets the backoff; two agents with
             one device id, which throw each other out, must not do so at full speed.
         stop_s: how long a clean stop may take.
@@ -90,19 +90,25 @@ class ReconnectPolicy:
     def after(self, attempt: Attempt) -> Rest:
         """Say how long to rest after an attempt ended."""
         self._count(attempt)
-        if self._is_refused(attempt):
-            self._refusals += 1
+        refused = self._is_refused(attempt)
+        self._refusals = self._refusals + 1 if refused else 0
+        if refused and attempt.refusal is not None:
             # Never soon: every wrong password costs the broker a hash and the operator a log line.
             delay_s = self._rng.uniform(0.5, 1.0) * self._timing.refused_retry_s
             return Rest(delay_s, refused_times=self._refusals)
-        self._refusals = 0
+        # A close without an answer is only a guess: whatever forwards the broker's port does the
+        # same for as long as the broker is away, and then a device must be back soon.
         delay_s = full_jitter(
             max(0, self._failures - 1),
             base_s=self._timing.first_retry_s,
             cap_s=self._timing.longest_retry_s,
             rng=self._rng,
         )
-        return Rest(delay_s, drop_unsent=self._brief >= _BRIEF_CONNECTIONS_THAT_MEAN_POISON)
+        return Rest(
+            delay_s,
+            refused_times=self._refusals,
+            drop_unsent=self._brief >= _BRIEF_CONNECTIONS_THAT_MEAN_POISON,
+        )
 
     def _count(self, attempt: Attempt) -> None:
         accepted = attempt.lived_s is not None

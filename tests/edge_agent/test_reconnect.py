@@ -87,3 +87,9 @@ def test_what_kills_every_young_connection_is_dropped() -> None:
     subject = policy()
     assert [subject.after(accepted(0.2)).drop_unsent for _ in range(3)] == [False, False, True]
     assert not subject.after(accepted(60.0)).drop_unsent
+
+
+def test_a_port_that_closes_without_an_answer_is_tried_again_soon() -> None:
+    subject = policy()
+    for failures, rest in enumerate([subject.after(SILENT) for _ in range(4)]):
+        assert rest.delay_s <= TIMING.first_retry_s * 2**failures
