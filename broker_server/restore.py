@@ -24,11 +24,15 @@ from broker_server.run_state import RunCheckpoint, RunStatus
 from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import Store
+from broker_server.tokens import FILE_NAME
 from wire_protocol.durable import remove_file, sync, write_durably
 from wire_protocol.errors import ConfigError, LegendError
 
 STARTS_AHEAD = 1000
 """Starts of the lost server since the backup that cannot be known; more than anybody has."""
+
+REVOCABLE = ("pki/", f"{OUTSIDE_PKI}/", FILE_NAME)
+"""Files of a backup that say who is let in."""
 
 KEPT_PREFIX = "before-restore-"
 _FRESH_PREFIX = ".restore-"
@@ -67,6 +71,10 @@ def restore(archive: Path, settings: ServerSettings, *, force: bool) -> list[str
             lines += _place_pki(state.root / OUTSIDE_PKI, settings.pki)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+    if any(name.startswith(REVOCABLE) for name in manifest.files):
+        lines.append(
+            "devices and tokens that were revoked after the backup are good again: revoke them anew"
+        )
     if kept:
         lines.append(f"what was there before is in {kept}; delete it when all is well")
     return lines
@@ -84,8 +92,8 @@ def _prepare(
     size_mb = manifest.size_bytes / 1e6
     what = f"fleet {manifest.fleet} as of {manifest.made_at}"
     lines = [f"restored {what}: {len(manifest.files)} files, {size_mb:.1f} MB"]
-    restores = max(_number(fresh / "restores"), _number(before.root / "restores")) + 1
-    starts = max(manifest.start_number, _number(before.root / "start_number")) + STARTS_AHEAD
+    restores = max(_number(fresh / "restores"), _largest(before.root, "restores")) + 1
+    starts = max(manifest.start_number, _largest(before.root, "start_number")) + STARTS_AHEAD
     for name, number in (("restores", restores), ("start_number", starts)):
         write_durably(fresh / name, f"{number}\n".encode(), site="server.restore")
     if manifest.database != "sqlite":
@@ -207,6 +215,11 @@ def _is_state(path: Path) -> bool:
     return path.name not in ("lock", UNFINISHED) and not path.name.startswith(
         (KEPT_PREFIX, _FRESH_PREFIX)
     )
+
+
+def _largest(root: Path, name: str) -> int:
+    """Of what is there and what was moved aside: a restore that broke off has moved it."""
+    return max(map(_number, (root / name, *root.glob(f"{KEPT_PREFIX}*/{name}"))))
 
 
 def _number(path: Path) -> int:

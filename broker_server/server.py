@@ -32,7 +32,13 @@ from broker_server.server_state import ServerState
 from broker_server.settings import ServerSettings
 from broker_server.store import Store
 from broker_server.voice import DeviceVoices, ServerVoice
-from wire_protocol.errors import ConfigError, ProtocolError, Refused, one_line
+from wire_protocol.errors import (
+    ConfigError,
+    ProtocolError,
+    Refused,
+    ServerUnavailable,
+    one_line,
+)
 from wire_protocol.messages import (
     Ack,
     Benchmark,
@@ -162,6 +168,10 @@ class Server:
                         reason = self.counters.drop(_kind_of(item.topic), error)
                         topic = one_line(item.topic, longest=120)
                         log.warning("message_dropped", topic=topic, reason=reason, error=str(error))
+                    except ServerUnavailable as error:
+                        # A full disk. Nobody was answered, so that it is sent again.
+                        topic = one_line(item.topic, longest=120)
+                        log.error("message_not_taken", topic=topic, error=str(error))
                     item.acknowledge()
 
     def _ask_everybody_for_birth(self) -> None:

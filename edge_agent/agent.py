@@ -281,7 +281,7 @@ class Agent:
         self.link.publish(self._topic(channel), payload, qos=qos)
 
     def _post(self, channel: Channel, body: UpdateManifest | Event, message_id: str) -> None:
-        payload = self._sign(encode_message(body, message_id=message_id, sid=self.link.sid))
+        payload = encode_message(body, message_id=message_id, sid=self.link.sid)
         try:
             message = OutgoingMessage(message_id, self._topic(channel), payload)
             self.outbox.add(message, now=time.monotonic())
@@ -293,7 +293,8 @@ class Agent:
         if self.link.connected:
             for message in self.outbox.due(time.monotonic()):
                 self.counters.handed_out(message.message_id)
-                self.link.publish(message.topic, message.payload)
+                # Signed now: a certificate of before may have ended, or been replaced, meanwhile.
+                self.link.publish(message.topic, self._sign(message.payload))
 
     def _clear(self, action: session.ClearOutbox) -> None:
         if not self.outbox.acknowledged(action.message_id):

@@ -34,7 +34,7 @@ LONGEST_RESEND_S = 60.0
 
 @dataclass(frozen=True)
 class OutgoingMessage:
-    """One message as it goes to the broker; the same bytes at every resend."""
+    """One message; not signed yet, and the same bytes at every resend."""
 
     message_id: str
     topic: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 import stat
@@ -265,3 +266,38 @@ def test_a_database_elsewhere_is_said_plainly_on_both_ways(tmp_path: Path) -> No
     )
     lines = restore(path, settings(tmp_path / "new"), force=False)
     assert any("postgresql and is not in the backup" in line for line in lines)
+
+
+def test_a_client_that_is_gone_before_the_first_piece_blocks_no_later_backup(
+    server: Server,
+) -> None:
+    pieces = Snapshot(server).pieces()
+    del pieces
+    gc.collect()
+    assert not list(server.state.root.glob(f"{SNAPSHOT_PREFIX}*"))
+    assert list(Snapshot(server).pieces())
+
+
+def test_a_restore_says_that_what_was_revoked_since_is_good_again(
+    archive: Path, tmp_path: Path
+) -> None:
+    lines = restore(archive, settings(tmp_path / "new"), force=False)
+    assert any("revoke them anew" in line for line in lines)
+
+
+def test_a_restore_after_one_that_broke_off_still_looks_newer(
+    archive: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    restore(archive, settings(new), force=False)
+    first = ServerState(new)
+    restores, starts = first.life, int((new / "start_number").read_text())
+    # Killed between the two halves: the old state is aside, the new one is not there.
+    aside = new / "before-restore-1"
+    aside.mkdir()
+    for path in list(new.iterdir()):
+        if path not in (aside, new / "lock"):
+            path.rename(aside / path.name)
+    restore(archive, settings(new), force=True)
+    assert ServerState(new).life != restores
+    assert int((new / "start_number").read_text()) > starts

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker_server.voice import MESSAGE_TTL_S, ServerVoice
+from edge_agent.app import guard_of
 from edge_agent.command_guard import CommandGuard
-from wire_protocol.errors import ProtocolError
+from edge_agent.settings import AgentSettings
+from edge_agent.state_dir import StateDir
+from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
 from wire_protocol.messages import Command, Rebirth, decode_message, encode_message
 from wire_protocol.signed import ServerKeyStatement, Signer, sign_statement
 
@@ -40,6 +44,12 @@ def say(server: ServerVoice, *, now: float = 10.0, to: str = "nano-1", sid: int 
 
 def guard(**kwargs: object) -> CommandGuard:
     return CommandGuard("home", "nano-1", OPERATOR.public_key, **kwargs)  # type: ignore[arg-type]  # any keyword
+
+
+def a_device(state_dir: Path) -> AgentSettings:
+    return AgentSettings(
+        server="http://127.0.0.1:1", fleet="home", device_id="nano-1", state_dir=state_dir
+    )
 
 
 def refused(device: CommandGuard, data: bytes, because: str, *, now: float = 10.0) -> None:
@@ -130,6 +140,29 @@ def test_a_replaced_server_key_is_refused_once_the_new_one_was_heard() -> None:
     assert numbers == [2]
     refused(device, say(old), "replaced by a newer one")
     refused(guard(key_number=2), say(old), "replaced by a newer one")
+
+
+def test_a_server_key_is_remembered_over_restarts_and_by_operator(tmp_path: Path) -> None:
+    settings, state = a_device(tmp_path), StateDir(tmp_path)
+    guard_of(settings, state, OPERATOR.public_key).open(say(voice(number=2)), sid=SID, now=10.0)
+    refused(guard_of(settings, state, OPERATOR.public_key), say(voice()), "replaced by a newer one")
+    other = Signer(bytes([9]) * 32)
+    moved = guard_of(settings, state, other.public_key)
+    moved.open(say(voice(operator=other)), sid=SID, now=10.0)
+
+
+def test_a_new_server_key_is_believed_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, state = a_device(tmp_path), StateDir(tmp_path)
+
+    def full(*_args: object, **_options: object) -> None:
+        raise DeviceError(FailureCode.DISK_FULL, "no space left")
+
+    monkeypatch.setattr("edge_agent.state_dir.write_durably", full)
+    device = guard_of(settings, state, OPERATOR.public_key)
+    device.open(say(voice(number=2)), sid=SID, now=10.0)
+    refused(device, say(voice()), "replaced by a newer one")
 
 
 def test_without_an_operator_key_signed_and_unsigned_commands_are_read() -> None:

@@ -1,0 +1,51 @@
+"""What the keeper does when the disk is full while somebody is thrown out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from cryptography import x509
+
+from broker_server.broker import BrokerLauncher
+from broker_server.pki import FleetPki
+from broker_server.pki_keeper import PkiKeeper
+from edge_agent.x509 import certificate_request
+from wire_protocol.errors import ConfigError
+
+
+class Launcher:
+    """Notes what a broker would find in the list when it is told to read it."""
+
+    def __init__(self, pki: FleetPki) -> None:
+        self._pki = pki
+        self.told: list[tuple[list[str | None], set[int]]] = []
+
+    def apply_certificates(self, revoked: list[str | None]) -> None:
+        crl = x509.load_pem_x509_crl(self._pki.crl_file.read_bytes())
+        self.told.append((revoked, {entry.serial_number for entry in crl}))
+
+
+def test_the_broker_is_told_once_the_list_could_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    pki = FleetPki.create(tmp_path / "pki", "home", ["localhost"], now)
+    serial = pki.issue_device("nano-1", certificate_request(bytes(32), "nano-1"), now).serial
+    launcher = Launcher(pki)
+    keeper = PkiKeeper(pki, cast("BrokerLauncher", launcher))
+
+    def full(*_args: object, **_options: object) -> None:
+        raise ConfigError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("broker_server.pki_ledger.replace_file", full)
+        with pytest.raises(ConfigError, match="no space"):
+            pki.revoke("nano-1", now)
+        keeper.check(now)
+        assert launcher.told == []
+    keeper.check(now)
+    keeper.check(now)
+    assert launcher.told == [(["nano-1"], {serial})]
