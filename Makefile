@@ -31,8 +31,8 @@ test: venv mosquitto ## Every test; those with real fleets come last and have th
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible and not trust"
 	$(BIN)/python -m pytest -m "e2e and not trust"
 
-test-fast: venv ## The tests that need no service and no training
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not e2e and not train and not ansible and not trust"
+test-fast: venv ## The tests that need no service, no training and attack nothing
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/trust -m "not integration and not e2e and not train and not ansible"
 
 test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
 	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'

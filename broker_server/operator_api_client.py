@@ -256,12 +256,12 @@ class OperatorApi:
                 f"no server answers at {self._url}; start one with broker-server serve"
             ) from error
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise ConfigError(
-                f"{self._url!r} is no server address; use http://HOST:PORT"
-            ) from error
+            raise ConfigError(f"{self._url} is no server address; use https://HOST:PORT") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise ServerUnavailable(f"the server at {self._url} broke off: {reason}") from error
+            raise ServerUnavailable(
+                f"{self._url} broke off: {reason.rstrip('.')}; try again, or try https"
+            ) from error
 
 
 def add_model(

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from broker_server.token_cli import settings_option
+from wire_protocol.errors import ConfigError, ProtocolError
 
 if TYPE_CHECKING:
     from broker_server.pki import FleetPki
@@ -197,7 +198,10 @@ def token(
     device that used it: legend devices accept NAME.
     """
     opened = _opened(settings_file, folder)
-    click.echo(opened.create_token(time.time(), device_id=device, ttl_s=ttl_s))
+    try:
+        click.echo(opened.create_token(time.time(), device_id=device, ttl_s=ttl_s))
+    except ProtocolError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _opened(settings_file: Path | None, folder: Path | None) -> FleetPki:

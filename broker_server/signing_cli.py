@@ -50,6 +50,8 @@ def renew(settings_file: Path | None, operator_key_file: Path | None, as_json: b
     folder, fleet = _place(settings_file)
     key_file = operator_key_file or folder / signing_keys.OPERATOR_KEY
     _print(signing_keys.renew(folder, fleet, operator_key_file=key_file), as_json)
+    if not as_json:
+        click.echo(f"{'next':<13} restart the server")
 
 
 def _place(settings_file: Path | None) -> tuple[Path, str]:

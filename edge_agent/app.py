@@ -30,7 +30,7 @@ from edge_agent.settings import AgentSettings
 from edge_agent.state_dir import StateDir
 from edge_agent.status_file import StatusFile
 from edge_agent.trainer import Trainer
-from wire_protocol.errors import DeviceError, LegendError, Refused
+from wire_protocol.errors import ConfigError, DeviceError, LegendError, Refused
 from wire_protocol.topics import Channel, DeviceTopic
 
 log = structlog.get_logger()
@@ -49,6 +49,11 @@ async def run_agent(settings: AgentSettings) -> None:
     emulation = emulation_of(settings.emulate) if settings.emulate else None
     device = this_device(settings, emulation)
     identity = identity_of(settings)
+    if identity is None and settings.token is None and settings.server.startswith("https://"):
+        raise ConfigError(
+            f"this device is not enrolled at {settings.server}: run edge-agent enroll --url "
+            f"{settings.server} --token TOKEN, with a token of broker-server pki token"
+        )
     state = StateDir(settings.state_dir)
     with state.locked():
         notifier = Notifier(os.environ)

@@ -1,6 +1,6 @@
 """Whether a message really comes from this fleet's server, for this device, now.
 
-The broker is trusted to carry messages, not to write, repeat or withhold them: every message of
+The broker is trusted to carry messages, not to write or repeat them: every message of
 the server is signed, names its receiver and the receiver's session, has a number of its own and
 an age. No wall clock is read: boards boot with a wrong date, and the server counts the seconds
 since its own start.

@@ -27,7 +27,8 @@ from wire_protocol.errors import LegendError
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 REMEDIES = {
-    "server": "start the server, or correct 'server' and 'token' in the settings",
+    "server": "start the server; correct 'server' and 'token' in the settings; or, if it refuses "
+    "this device: edge-agent enroll --again",
     "state directory": "run as its owner, or choose another 'state_dir' in the settings",
     "board": "correct 'emulate' or 'sysroot' in the settings",
     "memory": "check that 'sysroot' holds /proc of this machine",

@@ -66,6 +66,9 @@ def decode(data: bytes) -> Dict[str, NDArray[np.float32]]:
         tensors = load(_inflate(data))
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ProtocolError(one_line(f"adapter is not valid safetensors: {error}")) from error
+    # Before anything is unpacked: a few deflated bytes could become gigabytes of numbers.
+    if _unpacked_bytes(tensors) > MAX_ADAPTER_BYTES:
+        raise ProtocolError(f"adapter exceeds {MAX_ADAPTER_BYTES} bytes once it is unpacked")
     adapter: Dict[str, NDArray[np.float32]] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE):
@@ -110,6 +113,15 @@ def _inflate(data: bytes) -> bytes:
     if not reader.eof or reader.unused_data:
         raise ProtocolError(f"adapter is cut off, or inflates beyond {MAX_ADAPTER_BYTES} bytes")
     return plain
+
+
+def _unpacked_bytes(tensors: Mapping[str, "NDArray[np.generic]"]) -> int:
+    """What the values take as float32; scales are not among them."""
+    return sum(
+        4 * tensor.size * (2 if tensor.dtype == np.uint8 else 1)
+        for name, tensor in tensors.items()
+        if not name.endswith(_SCALE)
+    )
 
 
 def _can_be_packed(name: str, tensor: NDArray[np.float32]) -> bool:

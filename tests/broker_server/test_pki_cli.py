@@ -132,7 +132,7 @@ def test_a_token_is_printed_alone(folder: Path) -> None:
     opened = FleetPki(folder)
     assert fingerprint == opened.ca_fingerprint
     assert opened.redeem_token(secret, "pi-1", 0.0).pre_authorised
-    fails(pki(folder, "token", "--device", "legend-x"), 76, "reserved")
+    fails(pki(folder, "token", "--device", "legend-x"), 78, "reserved")
 
 
 def test_without_an_authority_every_command_says_how_to_make_one(tmp_path: Path) -> None:

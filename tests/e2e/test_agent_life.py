@@ -95,6 +95,7 @@ def test_stop_ends_the_agent_and_says_goodbye(site: Site) -> None:
         ({"server": "ftp://x"}, "server", 78),
         ({"device_id": "Not A Name"}, "device_id", 78),
         ({"broker": "mqtt://host:notaport"}, "port", 78),
+        ({"server": "https://127.0.0.1:1"}, "not enrolled", 78),
         ({"fleet": "another"}, "leads fleet 'site'", 77),
     ],
 )

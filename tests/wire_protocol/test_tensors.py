@@ -52,6 +52,18 @@ def test_a_matrix_of_odd_length_travels_as_int8_among_int4() -> None:
     assert np.abs(read["head.weight"] - odd["head.weight"]).max() <= 0.5 / 127
 
 
+@pytest.mark.parametrize(("dtype", "codec"), [(np.uint8, "int4"), (np.int8, "int8")])
+def test_a_few_bytes_do_not_become_more_numbers_than_an_adapter_may_have(
+    dtype: type, codec: str
+) -> None:
+    tensors = {"x": np.zeros((2, 9_000_000), dtype), "x.scale": np.zeros((2, 1), np.float32)}
+    plain = bytes(save(tensors, metadata={"codec": codec}))
+    update = b"legend.deflate/1\n" + zlib.compress(plain, 9)
+    assert len(update) < 100_000
+    with pytest.raises(ProtocolError, match="once it is unpacked"):
+        decode(update)
+
+
 def test_deflated_bytes_that_would_fill_the_memory_are_refused() -> None:
     bomb = b"legend.deflate/1\n" + zlib.compress(bytes(65 * 1024 * 1024))
     with pytest.raises(ProtocolError, match="inflates beyond"):
