@@ -27,9 +27,9 @@ $(VENV)/.installed: pyproject.toml tools/install_torch.py
 demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 	$(BIN)/legend demo $(DEMO_ARGS)
 
-test: venv mosquitto ## Every test; those with real fleets come last and have the machine to themselves
+test: venv mosquitto ## Every test, attacks in their short form; those with real fleets come last
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible and not trust"
-	$(BIN)/python -m pytest -m "e2e and not trust"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "e2e and not trust"
 
 test-fast: venv ## The tests that need no service, no training and attack nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/trust -m "not integration and not e2e and not train and not ansible"

@@ -20,6 +20,7 @@ from wire_protocol.records import Columns
 ASSIGNMENT_FILE = "assignment.json"
 UPDATE_FILE = "update.safetensors"
 RESULT_FILE = "result.json"
+RESIDUAL_FILE = "residual.safetensors"
 BENCHMARK_RESULT_FILE = "benchmark_result.json"
 
 

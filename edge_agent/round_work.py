@@ -20,10 +20,16 @@ from edge_agent.blobs import BlobClient
 from edge_agent.capability import Device, current_capability
 from edge_agent.policy_watch import PolicyWatch
 from edge_agent.power_meter import energy_of
-from edge_agent.round_directory import ASSIGNMENT_FILE, RESULT_FILE, UPDATE_FILE
+from edge_agent.round_directory import (
+    ASSIGNMENT_FILE,
+    RESIDUAL_FILE,
+    RESULT_FILE,
+    UPDATE_FILE,
+)
 from edge_agent.settings import DatasetSettings
 from edge_agent.state_dir import StateDir, write_durably
 from edge_agent.trainer import Trainer, TrainerProgress
+from wire_protocol.durable import move_into_place
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import Codec, LoraConfig
 from wire_protocol.messages import Progress, RoundStart, UpdateManifest
@@ -87,6 +93,7 @@ async def do_round(
         left_s = max(1.0, start.deadline_s - spent_s)
         _write_assignment(shop, start, round_dir, left_s)
         energy_j = await _train(shop, start, round_dir, on_progress)
+    _keep_residual(shop, start, round_dir)
     on_progress(Progress(assignment_id=start.assignment_id, phase="uploading"))
     began, sent_before = time.monotonic(), shop.blobs.sent_bytes
     update = await shop.blobs.upload(round_dir / UPDATE_FILE)
@@ -119,6 +126,18 @@ async def _train(
         lambda: shop.device.sensors().power_w,
         clock=time.monotonic,
     )
+
+
+def _keep_residual(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
+    """What the update leaves out counts from here on: the result that leaves it out exists."""
+    left_out = round_dir / RESIDUAL_FILE
+    if left_out.exists():
+        target = shop.state.residual_file(start.run_id)
+        try:
+            move_into_place(left_out, target, site="agent.residual")
+        except OSError as error:
+            line = f"what the update left out cannot be kept: {error}"
+            raise DeviceError(FailureCode.DISK_FULL, line) from error
 
 
 async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:

@@ -25,6 +25,7 @@ from edge_agent.prefix_store import PrefixStore
 from edge_agent.probe import ProbeRequest, benchmark
 from edge_agent.round_directory import (
     BENCHMARK_RESULT_FILE,
+    RESIDUAL_FILE,
     TrainRequest,
     read_request,
     write_result,
@@ -69,7 +70,7 @@ class WarmTrainer:
             raise DeviceError(FailureCode.UNSUPPORTED_MODEL, line) from error
         write_result(
             round_dir,
-            _encoded(outcome, request),
+            _encoded(outcome, request, round_dir),
             examples=outcome.examples,
             ranks=outcome.ranks,
             report=outcome.report,
@@ -193,7 +194,7 @@ def _read(path: Path) -> bytes:
         raise DeviceError(FailureCode.MISSING_FILE, f"{path} does not exist") from error
 
 
-def _encoded(outcome: Outcome, request: TrainRequest) -> bytes:
+def _encoded(outcome: Outcome, request: TrainRequest, round_dir: Path) -> bytes:
     codec, residual_file = request.recipe.codec, request.residual_file
     try:
         # What was left out would come on top of an update that privacy limits in size.
@@ -206,7 +207,8 @@ def _encoded(outcome: Outcome, request: TrainRequest) -> bytes:
     except ProtocolError as error:
         line = f"the update cannot be sent: {error}; lower the learning rate"
         raise DeviceError(FailureCode.NON_FINITE_LOSS, line) from error
-    write_durably(residual_file, left_out, site="trainer.residual")
+    # Beside the update, not in its place: a round that is trained again begins with the old one.
+    write_durably(round_dir / RESIDUAL_FILE, left_out, site="trainer.residual")
     return data
 
 

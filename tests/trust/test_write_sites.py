@@ -46,7 +46,8 @@ BY_ITS_PARTS = {
     "agent.certificate": "replaced as a whole; the old one is still valid",
     "agent.certificate_trial": "a copy to be tried out, thrown away in any case",
     "trainer.benchmark": "the trainer dies, and with it the benchmark that asked",
-    "trainer.residual": "what a lost one leaves out is one round's rounding",
+    "trainer.residual": "lies beside the result until that exists; remade by a round trained again",
+    "agent.residual": "one rename of a file that is on the disk; done again if it was not",
 }
 """Sites that no fleet test kills, and why the guarantee of the helper is enough for them."""
 
