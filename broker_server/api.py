@@ -178,7 +178,9 @@ class _Routes:
 
     async def devices(self) -> dict[str, object]:
         """Every device of the fleet."""
-        return {"devices": device_list(self._server.fleet, time.monotonic())}
+        server = self._server
+        certificates = server.pki.records() if server.pki else ()
+        return {"devices": device_list(server.fleet, time.monotonic(), certificates)}
 
     async def models(self) -> dict[str, object]:
         """Every registered base model."""

@@ -185,7 +185,9 @@ def _devices(devices: Sequence[Json], server_version: str) -> Iterator[Finding]:
     online = [one for one in devices if one["state"] == "online"]
     yield Finding("devices", "ok", f"{len(online)} of {len(devices)} online")
     for one in devices:
-        if one["state"] != "online":
+        if one["state"] == "revoked":
+            yield Finding("device", "ok", f"{one['device_id']} is revoked, as somebody decided")
+        elif one["state"] != "online":
             seen = f"{one['device_id']} is lost, last heard {_ago(one['last_seen_s'])} ago"
             remedy = "on the device: systemctl status edge-agent; edge-agent doctor"
             yield Finding("device", "warning", seen, remedy)

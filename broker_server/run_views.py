@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from broker_server.fleet import DeviceRecord, Fleet
 from broker_server.run_folder import Baseline, RunReport
@@ -12,18 +14,32 @@ from broker_server.run_state import Member, MemberStatus, RoundResult
 from broker_server.store import ModelRow, RunRecord
 from wire_protocol.versions import protocol_problem
 
+if TYPE_CHECKING:
+    from broker_server.pki_ledger import IssuedCertificate
+
 _FINAL = (MemberStatus.UPDATED, MemberStatus.FAILED, MemberStatus.STRAGGLER)
 
 
-def device_list(fleet: Fleet, now: float) -> list[dict[str, object]]:
-    """Every device, with what it can do and why it is not used, if so."""
+def device_list(
+    fleet: Fleet, now: float, certificates: Iterable[IssuedCertificate] = ()
+) -> list[dict[str, object]]:
+    """Every device, with what it can do and why it is not used, if so.
+
+    Args:
+        fleet: the registry.
+        now: monotonic seconds.
+        certificates: of the fleet; a device whose every one is revoked is shown as revoked.
+    """
+    devices = [one for one in certificates if one.kind == "device"]
+    valid = {one.name for one in devices if one.revoked_at is None}
+    revoked = {one.name for one in devices} - valid
     return [
         {
             "device_id": device_id,
             "board": known.birth.board,
             "emulated": known.birth.emulated,
             "agent_version": known.birth.agent_version,
-            "state": _state(known),
+            "state": "revoked" if device_id in revoked else _state(known),
             "busy_with": known.busy_with,
             "last_seen_s": round(now - known.last_seen, 1),
             "capability": known.capability.model_dump(mode="json"),

@@ -21,6 +21,7 @@ _STATE_STYLES = {
     "online": "green",
     "lost": "red",
     "refused": "red",
+    "revoked": "red",
     "failed": "red",
     "straggler": "yellow",
     "training": "cyan",
