@@ -244,10 +244,10 @@ def _check_that_certificates_are_renewed(fleet: Fleet) -> None:
 def _check_that_a_device_can_be_thrown_out_and_let_in_again(fleet: Fleet) -> None:
     key = fleet.lab.execute("orin", "sha256sum", f"{IDENTITY}/device.key")
     fleet.play("revoke.yml", "-e", "revoke_device=orin")
-    fleet.wait_until_state("orin", "lost")
+    fleet.wait_until_state("orin", "revoked")
     # The broker was restarted for it: the others come back, and this one does not.
     fleet.wait_until_state("pi", "online")
-    assert fleet.devices()["orin"]["state"] == "lost"
+    assert fleet.devices()["orin"]["state"] == "revoked"
     with pytest.raises(AssertionError, match="orin was revoked"):
         fleet.play("site.yml", "--limit", "orin", "--tags", "identity")
     fleet.play("site.yml", "--limit", "orin", "-e", "device_identity_readmit=true")
