@@ -209,6 +209,7 @@ def test_a_server_that_starts_on_a_full_disk_says_so_and_may_be_restarted(disk: 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 @pytest.mark.train
+@pytest.mark.trust
 def test_a_run_waits_while_the_server_s_disk_is_full_and_ends_well(tmp_path: Path) -> None:
     with small_disk(tmp_path / "server", megabytes=24) as disk:
         site = Site(tmp_path, patience_s=300.0)
@@ -257,6 +258,7 @@ def stored_on(disk: SmallDisk) -> Iterator[Store]:
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 @pytest.mark.train
+@pytest.mark.trust
 def test_a_device_with_a_full_disk_says_so_stays_and_takes_part_again(tmp_path: Path) -> None:
     with small_disk(tmp_path / "left", megabytes=24) as disk:
         site = Site(tmp_path, patience_s=300.0)
