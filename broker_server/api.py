@@ -258,11 +258,9 @@ class _Routes:
 
     def _line(self, record: RunRecord) -> dict[str, object]:
         # Only the last round: a hundred with two hundred devices each would hold everybody up.
-        texts = self._server.store.rounds(record.run_id)
-        last = [RoundResult.model_validate_json(text) for text in texts[-1:]]
-        loop = self._loop(record)
-        line = run_line(run_report(record, last), loop)
-        return line if loop else {**line, "round_number": len(texts)}
+        text = self._server.store.last_round(record.run_id)
+        last = [RoundResult.model_validate_json(text)] if text else []
+        return run_line(run_report(record, last), self._loop(record))
 
     def _loop(self, record: RunRecord) -> Any:
         active = self._server.runs.active

@@ -54,7 +54,7 @@ class Delivery:
     store: Store
     blobs: BlobStore
     folder: Path
-    on_commit: Callable[[str], Awaitable[None]]
+    on_commit: Callable[[str], Awaitable[object]]
     spent: set[str] = field(default_factory=set)
     """Digests that nobody asks for once the round that is open now is committed."""
 
@@ -89,15 +89,15 @@ class Delivery:
     async def finish_last_commit(self) -> None:
         """Do what a server that was killed right after a commit had still to do."""
         run_id = self.context.run_id
-        record, rounds = self.store.run(run_id), self.store.rounds(run_id)
-        if record is None or record.checkpoint is None or not rounds:
+        record, last = self.store.run(run_id), self.store.last_round(run_id)
+        if record is None or record.checkpoint is None or last is None:
             return
         await anyio.to_thread.run_sync(remove_leftovers, self.folder)
         checkpoint = RunCheckpoint.model_validate_json(record.checkpoint)
         if checkpoint.members:
             # The next round is open, so that was done; and this one may hold the same bytes.
             return
-        done = RoundResult.model_validate_json(rounds[-1])
+        done = RoundResult.model_validate_json(last)
         for text in self.store.updates(run_id, done.round).values():
             manifest = UpdateManifest.model_validate_json(text)
             self.spent |= {manifest.base_sha256, manifest.update.sha256}

@@ -50,7 +50,7 @@ class RoundTotals:
             done = self._read.get(run_id, 0)
             if count <= done:
                 continue
-            for text in store.rounds(run_id)[done:]:
+            for text in store.rounds(run_id, after=done):
                 self._add(RoundResult.model_validate_json(text))
             self._read[run_id] = count
 

@@ -1,8 +1,8 @@
 """The result folder of a run: what a person opens to see how it went.
 
 Pure functions make the content; thin ones write it. The store is the truth:
-``rewrite`` makes the folder say what the store says, so that no line can be
-there twice or be missing. Knows no torch and no database.
+whoever begins with a folder writes all of it, so that no line can be there
+twice or be missing. Knows no torch and no database.
 
     metrics.jsonl       one line a round, from round 0 (before any training)
     assignments.jsonl   one line a device and round
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from broker_server.run_figures import RunFigures
 from broker_server.run_spec import PrivacySettings
 from broker_server.run_state import RoundResult
 from wire_protocol import durable
@@ -64,22 +65,16 @@ class RunReport:
 
 
 def metrics_lines(report: RunReport) -> list[dict[str, object]]:
-    """One object a round; round 0 is the evaluation before any training.
+    """One object a round; round 0 is the evaluation before any training."""
+    figures = RunFigures()
+    return baseline_line(report) + [figures.add(result) for result in report.rounds]
 
-    ``elapsed_s`` is the sum of the durations so far: time in rounds, without
-    evaluation and without time that the server was down.
-    """
-    lines: list[dict[str, object]] = []
-    if report.baseline is not None:
-        lines.append({"round": 0, **asdict(report.baseline), "elapsed_s": 0.0})
-    elapsed_s = 0.0
-    for result in report.rounds:
-        elapsed_s += result.duration_s
-        figures = result.model_dump(mode="json", exclude={"devices"})
-        updated = sum(device.status == "updated" for device in result.devices)
-        counts = {"devices": len(result.devices), "updates": updated}
-        lines.append({**figures, "elapsed_s": elapsed_s, **counts})
-    return lines
+
+def baseline_line(report: RunReport) -> list[dict[str, object]]:
+    """The line of round 0, if that was evaluated."""
+    if report.baseline is None:
+        return []
+    return [{"round": 0, **asdict(report.baseline), "elapsed_s": 0.0}]
 
 
 def assignment_lines(result: RoundResult) -> list[dict[str, object]]:
@@ -87,21 +82,25 @@ def assignment_lines(result: RoundResult) -> list[dict[str, object]]:
     return [{"round": result.round, **device.model_dump(mode="json")} for device in result.devices]
 
 
-def summary(report: RunReport) -> dict[str, object]:
+def summary(report: RunReport, figures: RunFigures | None = None) -> dict[str, object]:
     """How the run stands: its best and last accuracy and what it cost so far.
 
     Times in seconds; ``waiting_share`` is waiting time over completion plus
     waiting time, of all devices that sent updates.
 
+    Args:
+        report: the run.
+        figures: of its rounds; default: they are taken from the report.
+
     Source: arXiv:2412.20004, average waiting time.
     """
-    rounds = report.rounds
-    scores = [result.accuracy for result in rounds]
-    if report.baseline is not None:
-        scores.insert(0, report.baseline.accuracy)
-    devices = [device for result in rounds for device in result.devices]
-    waiting_s = sum(device.waiting_s or 0.0 for device in devices)
-    busy_s = sum(device.completion_s or 0.0 for device in devices)
+    if figures is None:
+        figures = RunFigures()
+        for result in report.rounds:
+            figures.add(result)
+    before = report.baseline.accuracy if report.baseline else None
+    scores = [score for score in (before, figures.accuracy_best) if score is not None]
+    known_s = figures.idle_s + figures.busy_s
     return {
         "run_id": report.run_id,
         "name": report.name,
@@ -112,47 +111,68 @@ def summary(report: RunReport) -> dict[str, object]:
         "status": report.status,
         "reason": report.reason,
         "rounds_planned": report.rounds_planned,
-        "rounds_done": len(rounds),
-        "accuracy_before": report.baseline.accuracy if report.baseline else None,
-        "accuracy": scores[-1] if scores else None,
+        "rounds_done": figures.rounds,
+        "accuracy_before": before,
+        "accuracy": before if figures.accuracy is None else figures.accuracy,
         "accuracy_best": max(scores, default=None),
-        "loss": rounds[-1].loss if rounds else None,
-        "duration_s": sum(result.duration_s for result in rounds),
-        "waiting_s": sum(result.waiting_s for result in rounds) / len(rounds) if rounds else None,
-        "waiting_share": waiting_s / (waiting_s + busy_s) if waiting_s + busy_s else None,
-        "bytes_up": sum(result.bytes_up for result in rounds),
-        "bytes_down": sum(result.bytes_down for result in rounds),
-        "devices": len({device.device_id for device in devices}),
-        "updates_clipped": sum(result.clipped for result in rounds),
-        "updates_refused": sum(result.refused for result in rounds),
-        "privacy": _privacy(report),
-        "emulated_devices": len({one.device_id for one in devices if one.emulated}),
+        "loss": figures.loss,
+        "duration_s": figures.duration_s,
+        "waiting_s": figures.waiting_s / figures.rounds if figures.rounds else None,
+        "waiting_share": figures.idle_s / known_s if known_s else None,
+        "bytes_up": figures.bytes_up,
+        "bytes_down": figures.bytes_down,
+        "devices": len(figures.devices),
+        "updates_clipped": figures.clipped,
+        "updates_refused": figures.refused,
+        "privacy": _privacy(report, figures.rounds),
+        "emulated_devices": len(figures.emulated),
     }
 
 
-def _privacy(report: RunReport) -> Mapping[str, object] | None:
+def _privacy(report: RunReport, done: int) -> Mapping[str, object] | None:
     if report.privacy is None:
         return None
     # Reckoning needs NumPy and SciPy; runs without privacy must not wait for them.
     from broker_server.privacy import privacy_report  # noqa: PLC0415
 
-    done, planned = len(report.rounds), report.rounds_planned
-    return privacy_report(report.privacy, rounds_done=done, rounds_planned=planned)
+    return privacy_report(report.privacy, rounds_done=done, rounds_planned=report.rounds_planned)
 
 
-def rewrite(folder: Path, report: RunReport) -> None:
-    """Make the text files say exactly what the store says."""
-    folder.mkdir(parents=True, exist_ok=True)
-    assignments = [line for result in report.rounds for line in assignment_lines(result)]
-    write_file(folder / METRICS_FILE, _json_lines(metrics_lines(report)))
-    write_file(folder / ASSIGNMENTS_FILE, _json_lines(assignments))
-    write_summary(folder, report)
+class RunFolder:
+    """The text files of one run, one round after another.
+
+    The first rounds given to it replace what lies there; later ones are added to that, so that a
+    round costs the same however many there were. A server that starts again begins anew.
+
+    Args:
+        root: the run's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.figures = RunFigures()
+
+    def add(self, report: RunReport) -> None:
+        """Write the rounds of a report, all of which must come after those that are there.
+
+        Raises:
+            OSError: the disk is full or failed; write everything anew with another ``RunFolder``.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        first = self.figures.rounds == 0
+        metrics = baseline_line(report) if first else []
+        metrics += [self.figures.add(result) for result in report.rounds]
+        assignments = (line for result in report.rounds for line in assignment_lines(result))
+        write = write_file if first else _append
+        write(self.root / METRICS_FILE, _json_lines(metrics))
+        write(self.root / ASSIGNMENTS_FILE, _json_lines(assignments))
+        text = json.dumps(summary(report, self.figures), indent=2, ensure_ascii=False) + "\n"
+        write_file(self.root / SUMMARY_FILE, text.encode())
 
 
-def write_summary(folder: Path, report: RunReport) -> None:
-    """Replace ``summary.json``."""
-    text = json.dumps(summary(report), indent=2, ensure_ascii=False) + "\n"
-    write_file(folder / SUMMARY_FILE, text.encode())
+def _append(path: Path, lines: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(lines)
 
 
 def list_files(folder: Path) -> Sequence[str]:

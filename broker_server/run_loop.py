@@ -91,7 +91,7 @@ class RunLoop:
     folder: Path
     post: Post
     on_report: Callable[[str, UpdateManifest], None]
-    on_commit: Callable[[str], Awaitable[None]]
+    on_commit: Callable[[str], Awaitable[object]]
     commands: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Message id of every open command -> (device, assignment)."""
     live: dict[str, LiveMember] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from broker_server.evaluator import EvaluationSetup, Evaluator
 from broker_server.fleet import Fleet
 from broker_server.model_registry import ModelRegistry, shape_of
 from broker_server.plots import write_plots
-from broker_server.run_folder import rewrite, says
+from broker_server.run_folder import RunFolder, RunReport, says
 from broker_server.run_loop import Post, RunLoop, new_message_id
 from broker_server.run_setup import check_run, prepare_run
 from broker_server.run_spec import RunSpec
@@ -68,6 +68,7 @@ class RunQueue:
         self._post = post
         self._spec: RunSpec | None = None
         self._queue, self._queued = anyio.create_memory_object_stream[str](math.inf)
+        self._folder: RunFolder | None = None
         self.active: RunLoop | None = None
         self.evaluator = Evaluator()
 
@@ -233,7 +234,7 @@ class RunQueue:
             folder=self._state.runs / record.run_id,
             post=self._post,
             on_report=lambda device_id, manifest: self._learn(device_id, manifest, rho),
-            on_commit=self._write_results,
+            on_commit=self._add_results,
         )
         return self.active
 
@@ -252,20 +253,38 @@ class RunQueue:
             self.report(device_id)
 
     async def _write_results(self, run_id: str) -> None:
-        """Bring the result folder up to date with the store."""
-        record = self._store.run(run_id)
-        if record is None:
+        """Make the whole result folder say what the store says, pictures included."""
+        self._folder = None
+        report = await self._add_results(run_id)
+        if report is None or report.status in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
             return
-        rounds = [RoundResult.model_validate_json(text) for text in self._store.rounds(run_id)]
-        report = run_report(record, rounds)
-        folder = self._state.runs / run_id
         try:
-            await anyio.to_thread.run_sync(rewrite, folder, report)
-            if record.status not in (RunStatus.RUNNING.value, RunStatus.QUEUED.value):
-                await anyio.to_thread.run_sync(write_plots, folder, report)
+            await anyio.to_thread.run_sync(write_plots, self._state.runs / run_id, report)
+        except (OSError, ValueError) as error:
+            log.error("pictures_not_drawn", run_id=run_id, error=str(error))
+
+    async def _add_results(self, run_id: str) -> RunReport | None:
+        """Add the rounds to the result folder that it does not have yet.
+
+        Returns:
+            The run with these rounds; None when the folder could not be written.
+        """
+        record, root = self._store.run(run_id), self._state.runs / run_id
+        if record is None:
+            return None
+        folder, self._folder = self._folder, None
+        if folder is None or folder.root != root:
+            folder = RunFolder(root)
+        texts = self._store.rounds(run_id, after=folder.figures.rounds)
+        report = run_report(record, [RoundResult.model_validate_json(text) for text in texts])
+        try:
+            await anyio.to_thread.run_sync(folder.add, report)
         except (OSError, ValueError) as error:
             # The store has everything; the folder is written anew next time.
-            log.error("results_not_written", folder=str(folder), error=str(error))
+            log.error("results_not_written", folder=str(root), error=str(error))
+            return None
+        self._folder = folder
+        return report
 
 
 def _innermost(error: BaseException) -> str:

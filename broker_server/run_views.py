@@ -93,7 +93,7 @@ def run_report(record: RunRecord, rounds: list[RoundResult]) -> RunReport:
 
 
 def run_line(report: RunReport, loop: RunLoop | None) -> dict[str, object]:
-    """One run in a list."""
+    """One run in a list; its last round is enough."""
     scores = [result.accuracy for result in report.rounds]
     if not scores and report.baseline:
         scores = [report.baseline.accuracy]
@@ -102,7 +102,7 @@ def run_line(report: RunReport, loop: RunLoop | None) -> dict[str, object]:
         "name": report.name,
         "strategy": report.strategy,
         "status": report.status,
-        "round_number": loop.coordinator.round_number if loop else len(report.rounds),
+        "round_number": loop.coordinator.round_number if loop else _last_number(report),
         "rounds": report.rounds_planned,
         "accuracy": scores[-1] if scores else None,
         "epsilon": report.rounds[-1].epsilon if report.rounds else None,
@@ -121,7 +121,7 @@ def run_detail(
         "status": report.status,
         "reason": report.reason or (loop.coordinator.waits_for() if loop else ""),
         "spec": json.loads(record.spec),
-        "round_number": loop.coordinator.round_number if loop else len(report.rounds),
+        "round_number": loop.coordinator.round_number if loop else _last_number(report),
         "phase": loop.coordinator.phase.value if loop else "ended",
         "rounds_total": report.rounds_planned,
         "accuracy_before": report.baseline.accuracy if report.baseline else None,
@@ -129,6 +129,10 @@ def run_detail(
         "rounds": [result.model_dump(mode="json") for result in report.rounds],
         "live": _live(loop, fleet, now) if loop else [],
     }
+
+
+def _last_number(report: RunReport) -> int:
+    return report.rounds[-1].round if report.rounds else 0
 
 
 def _live(loop: RunLoop, fleet: Fleet, now: float) -> list[dict[str, object]]:

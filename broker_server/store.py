@@ -231,11 +231,18 @@ class Store:
             row = session.scalars(select(RunRow).where(RunRow.run_id == run_id)).first()
             return _record(row) if row else None
 
-    def rounds(self, run_id: str) -> Sequence[str]:
-        """Results of the committed rounds, in order."""
-        query = select(RoundRow).where(RoundRow.run_id == run_id).order_by(RoundRow.round_number)
+    def rounds(self, run_id: str, *, after: int = 0) -> Sequence[str]:
+        """Results of the committed rounds that come after this one, in order."""
+        later = (RoundRow.run_id == run_id) & (RoundRow.round_number > after)
+        query = select(RoundRow.result).where(later).order_by(RoundRow.round_number)
         with Session(self._engine) as session:
-            return [row.result for row in session.scalars(query)]
+            return list(session.scalars(query))
+
+    def last_round(self, run_id: str) -> str | None:
+        """Result of the last committed round."""
+        query = select(RoundRow.result).where(RoundRow.run_id == run_id)
+        with Session(self._engine) as session:
+            return session.scalars(query.order_by(RoundRow.round_number.desc()).limit(1)).first()
 
     def round_counts(self) -> dict[str, int]:
         """Number of committed rounds of every run that has any."""

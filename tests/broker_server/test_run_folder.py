@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from broker_server.run_folder import (
+    RunFolder,
     list_files,
     metrics_lines,
-    rewrite,
     summary,
     write_file,
 )
@@ -46,20 +46,32 @@ def test_a_run_without_rounds_has_a_summary_without_figures() -> None:
 
 def test_writing_again_leaves_no_double_line(tmp_path: Path) -> None:
     for accuracies in ((0.6,), (0.6, 0.7), (0.6, 0.7)):
-        rewrite(tmp_path, report(*accuracies))
+        RunFolder(tmp_path).add(report(*accuracies))
     assert [line["round"] for line in lines_of(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     assert len(lines_of(tmp_path / "assignments.jsonl")) == 6
 
 
+def test_rounds_added_one_by_one_give_the_same_files_as_all_at_once(tmp_path: Path) -> None:
+    whole = report(0.6, 0.8, 0.7)
+    at_once, one_by_one = RunFolder(tmp_path / "at once"), RunFolder(tmp_path / "one by one")
+    at_once.add(whole)
+    one_by_one.add(replace(whole, rounds=()))
+    for result in whole.rounds:
+        one_by_one.add(replace(whole, rounds=(result,)))
+    for name in list_files(at_once.root):
+        assert (one_by_one.root / name).read_bytes() == (at_once.root / name).read_bytes()
+    assert len(list_files(at_once.root)) == 3
+
+
 def test_a_failed_assignment_keeps_its_reason(tmp_path: Path) -> None:
-    rewrite(tmp_path, report(0.6))
+    RunFolder(tmp_path).add(report(0.6))
     broken = lines_of(tmp_path / "assignments.jsonl")[2]
     assert (broken["device_id"], broken["round"], broken["ranks"]) == ("broken", 1, [0, 8, 8])
     assert (broken["status"], broken["detail"]) == ("failed", "out of memory")
 
 
 def test_files_that_are_being_written_are_not_listed(tmp_path: Path) -> None:
-    rewrite(tmp_path, report(0.6))
+    RunFolder(tmp_path).add(report(0.6))
     (tmp_path / ".summary.json.x1").write_text("half")
     (tmp_path / ".adapter.x2").mkdir()
     (tmp_path / ".adapter.x2" / "README.md").write_text("half")
