@@ -120,7 +120,7 @@ class Coordinator:
             Actions to carry out in order.
         """
         if self.phase is Phase.ENDED:
-            return self._answer_after_the_end(event)
+            return _receipt(event)
         match event:
             case RunStarted():
                 actions = self._start(now)
@@ -223,13 +223,6 @@ class Coordinator:
         cancels = self.round.cancel(reason) if self.round else []
         return [*cancels, FinishRun(status, reason)]
 
-    def _answer_after_the_end(self, event: Event) -> list[Action]:
-        if isinstance(event, UpdateArrived | UpdateChecked):
-            return [Acknowledge(event.device_id, event.message_id, "rejected", "stale")]
-        if isinstance(event, AssignmentFailed) and event.message_id:
-            return [Acknowledge(event.device_id, event.message_id, "ok")]
-        return []
-
     # Devices
 
     def _device_reported(self, event: DeviceReported, now: float) -> list[Action]:
@@ -308,21 +301,17 @@ class Coordinator:
         event: AssignmentAccepted | AssignmentFailed | UpdateArrived | UpdateChecked,
         now: float,
     ) -> list[Action]:
-        if isinstance(event, AssignmentAccepted):
-            if self.round:
-                self.round.accepted(event)
-            return []
-        if isinstance(event, AssignmentFailed):
-            if self.round:
-                self.round.failed(event)
-            if event.message_id is None:
-                return []
-            return [Acknowledge(event.device_id, event.message_id, "ok")]
         if self.round is None:
-            return [Acknowledge(event.device_id, event.message_id, "rejected", "stale")]
+            return _receipt(event)
         if isinstance(event, UpdateArrived):
             return self.round.update_arrived(event)
-        return self.round.update_checked(event, now)
+        if isinstance(event, UpdateChecked):
+            return self.round.update_checked(event, now)
+        if isinstance(event, AssignmentAccepted):
+            self.round.accepted(event)
+        else:
+            self.round.failed(event)
+        return _receipt(event)
 
     def _end_collecting(self, open_round: OpenRound, now: float) -> list[Action]:
         actions, accepted = open_round.close(now)
@@ -399,3 +388,12 @@ class Coordinator:
             finished=self._finished,
             prefix=self.prefix.checkpoint(),
         )
+
+
+def _receipt(event: Event) -> list[Action]:
+    """What ends a device's resending where no round decides: updates are late, failures noted."""
+    if isinstance(event, UpdateArrived | UpdateChecked):
+        return [Acknowledge(event.device_id, event.message_id, "rejected", "stale")]
+    if isinstance(event, AssignmentFailed) and event.message_id:
+        return [Acknowledge(event.device_id, event.message_id, "ok")]
+    return []

@@ -43,8 +43,7 @@ def devices(ctx: click.Context, pending: bool, as_json: bool) -> None:
 @click.pass_obj
 def accept(server: ServerAddress, name: str) -> None:
     """Let a device in that waits; one that had the name before is thrown out."""
-    with server.connect() as api:
-        api.decide(name, "accept")
+    _decide(server, name, "accept")
     click.echo(f"{name} is accepted")
 
 
@@ -53,8 +52,7 @@ def accept(server: ServerAddress, name: str) -> None:
 @click.pass_obj
 def reject(server: ServerAddress, name: str) -> None:
     """Turn a device away that waits."""
-    with server.connect() as api:
-        api.decide(name, "reject")
+    _decide(server, name, "reject")
     click.echo(f"{name} is rejected; it needs a new token to ask again")
 
 
@@ -63,6 +61,10 @@ def reject(server: ServerAddress, name: str) -> None:
 @click.pass_obj
 def revoke(server: ServerAddress, name: str) -> None:
     """Throw a device out: its certificates are void and its connections end."""
-    with server.connect() as api:
-        api.decide(name, "revoke")
+    _decide(server, name, "revoke")
     click.echo(f"{name} is revoked; it needs a new token and a new key to come back")
+
+
+def _decide(server: ServerAddress, name: str, decision: str) -> None:
+    with server.connect() as api:
+        api.decide(name, decision)

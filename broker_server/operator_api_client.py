@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, final
 from urllib.parse import quote
 
@@ -79,12 +78,7 @@ class OperatorApi:
     def __enter__(self) -> OperatorApi:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -110,6 +104,10 @@ class OperatorApi:
     def decide(self, device_id: str, decision: str) -> None:
         """``POST /v1/devices/{id}/{decision}``: accept, reject or revoke."""
         self._checked(self._send("POST", f"devices/{_part(device_id)}/{decision}"))
+
+    def expect(self, inventory: Json) -> Json:
+        """``PUT /v1/expected``: how an inventory differs from what the server knows."""
+        return self._json("PUT", "expected", inventory)
 
     def models(self) -> list[Json]:
         """``GET /v1/models``."""

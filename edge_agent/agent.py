@@ -204,21 +204,9 @@ class Agent:
         match action:
             case session.PublishBirth():
                 birth = introduction(self.workshop, self.boot_id, self.datasets)
-                self._publish(Channel.BIRTH, birth, uuid.uuid4().hex)
+                self._publish(Channel.BIRTH, birth)
             case session.PublishHeartbeat():
-                self._publish(
-                    Channel.HEARTBEAT,
-                    Heartbeat(
-                        sequence=action.sequence,
-                        busy_with=action.busy_with,
-                        rss_bytes=resident_bytes(os.getpid()),
-                        temperature_c=self.workshop.watch.reading.temperature_c,
-                        not_training=self.workshop.watch.reason[:500],
-                        dropped_messages=self.counters.dropped.total(),
-                    ),
-                    uuid.uuid4().hex,
-                    qos=0,
-                )
+                self._publish(Channel.HEARTBEAT, self._heartbeat(action), qos=0)
             case session.AnswerCommand():
                 ack = Ack(
                     re=action.message_id,
@@ -226,7 +214,7 @@ class Agent:
                     code=action.code,
                     detail=action.detail,
                 )
-                self._publish(Channel.DEVICE_ACK, ack, uuid.uuid4().hex)
+                self._publish(Channel.DEVICE_ACK, ack)
             case session.StartWork():
                 tasks.start_soon(self._work, action, name="work")
             case session.StopWork():
@@ -246,13 +234,10 @@ class Agent:
                 message_id = FAILURE_PREFIX + action.failure.assignment_id
                 self._post(Channel.EVENT, Event(event=action.failure), message_id)
             case session.PostCapability():
-                self._publish(
-                    Channel.EVENT,
-                    Event(event=Capability(capability=action.capability)),
-                    uuid.uuid4().hex,
-                )
+                measured = Capability(capability=action.capability)
+                self._publish(Channel.EVENT, Event(event=measured))
             case session.PostUnmeasured():
-                self._publish(Channel.EVENT, Event(event=action.unmeasured), uuid.uuid4().hex)
+                self._publish(Channel.EVENT, Event(event=action.unmeasured))
             case session.PostponeOutbox():
                 self.outbox.postpone(
                     action.message_id, now=time.monotonic(), at_least_s=action.retry_after_s
@@ -267,15 +252,21 @@ class Agent:
     def _topic(self, channel: Channel) -> str:
         return str(DeviceTopic(self.settings.fleet, self.settings.device_id, channel))
 
+    def _heartbeat(self, due: session.PublishHeartbeat) -> Heartbeat:
+        return Heartbeat(
+            sequence=due.sequence,
+            busy_with=due.busy_with,
+            rss_bytes=resident_bytes(os.getpid()),
+            temperature_c=self.workshop.watch.reading.temperature_c,
+            not_training=self.workshop.watch.reason[:500],
+            dropped_messages=self.counters.dropped.total(),
+        )
+
     def _publish(
-        self,
-        channel: Channel,
-        body: Birth | Heartbeat | Ack | Event,
-        message_id: str,
-        *,
-        qos: int = 1,
+        self, channel: Channel, body: Birth | Heartbeat | Ack | Event, *, qos: int = 1
     ) -> None:
-        payload = encode_message(body, message_id=message_id, sid=self.link.sid)
+        """Send now what no outbox keeps."""
+        payload = encode_message(body, message_id=uuid.uuid4().hex, sid=self.link.sid)
         if channel is not Channel.HEARTBEAT:
             payload = self._sign(payload)
         self.link.publish(self._topic(channel), payload, qos=qos)
@@ -379,7 +370,7 @@ class Agent:
         if progress.phase == "training" and now - self._progress_at < PROGRESS_INTERVAL_S:
             return
         self._progress_at = now
-        self._publish(Channel.EVENT, Event(event=progress), uuid.uuid4().hex, qos=0)
+        self._publish(Channel.EVENT, Event(event=progress), qos=0)
 
     def _status(self) -> dict[str, object]:
         return {

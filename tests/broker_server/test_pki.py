@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +25,7 @@ from broker_server.pki_x509 import (
     read_certificate,
     read_device_certificate,
 )
-from tests.support.pki import make_pki, signing_request
+from tests.support.pki import make_pki, revocation_list, signing_request
 from wire_protocol.durable import DIE_AT
 from wire_protocol.errors import ConfigError, ProtocolError, Refused
 
@@ -39,10 +37,6 @@ REQUEST = signing_request(KEY)
 @pytest.fixture
 def pki(tmp_path: Path) -> FleetPki:
     return make_pki(tmp_path / "pki", now=NOW)
-
-
-def crl(pki: FleetPki) -> x509.CertificateRevocationList:
-    return x509.load_pem_x509_crl(pki.crl_file.read_bytes())
 
 
 def test_private_files_are_for_their_owner_only(pki: FleetPki) -> None:
@@ -171,74 +165,6 @@ def test_what_takes_a_session_over_cannot_sign(pki: FleetPki) -> None:
         pki.verify_device(certificate, NOW)
 
 
-def test_revoking_a_name_revokes_all_its_certificates(pki: FleetPki) -> None:
-    first, second = (pki.issue_device("pi-1", REQUEST, NOW) for _ in range(2))
-    other = pki.issue_device("pi-2", REQUEST, NOW)
-    pki.verify_device(first.pem, NOW)
-    assert [r.serial for r in pki.revoke("pi-1", NOW + 1)] == [first.serial, second.serial]
-    for issued in (first, second):
-        with pytest.raises(Refused, match="revoked"):
-            pki.verify_device(issued.pem, NOW + 1)
-    assert pki.verify_device(other.pem, NOW + 1).name == "pi-2"
-    assert {entry.serial_number for entry in crl(pki)} == {first.serial, second.serial}
-    assert pki.revoke("pi-1", NOW + 2) == []
-
-
-def test_revoking_a_serial_leaves_the_device_s_other_certificates(pki: FleetPki) -> None:
-    old, new = (pki.issue_device("pi-1", REQUEST, NOW) for _ in range(2))
-    pki.revoke(f"{old.serial:x}", NOW)
-    assert pki.is_revoked(old.serial)
-    assert not pki.is_revoked(new.serial)
-
-
-def test_what_is_unknown_or_in_use_is_not_revoked(pki: FleetPki) -> None:
-    with pytest.raises(ConfigError, match="nobody"):
-        pki.revoke("nobody", NOW)
-    with pytest.raises(ConfigError, match="in use by this server"):
-        pki.revoke("legend-server-lab", NOW)
-    assert not pki.revoked()
-
-
-def test_every_list_is_later_than_the_one_before(pki: FleetPki) -> None:
-    # OpenSSL, given two lists of the same second, believes the first.
-    before = crl(pki)
-    for name in ("pi-1", "pi-2", "pi-3"):
-        pki.issue_device(name, REQUEST, NOW)
-        pki.revoke(name, NOW)
-        after = crl(pki)
-        assert after.last_update_utc > before.last_update_utc
-        assert len(after) == len(before) + 1
-        before = after
-
-
-def test_openssl_believes_what_was_signed(pki: FleetPki, tmp_path: Path) -> None:
-    for name in ("good", "bad"):
-        issued = pki.issue_device(name, REQUEST, NOW)
-        (tmp_path / f"{name}.pem").write_text(issued.pem)
-    pki.revoke("bad", NOW)
-    command = ["openssl", "verify", "-x509_strict", "-crl_check", "-attime", str(int(NOW))]
-    command += ["-CAfile", str(pki.ca_file), "-CRLfile", str(pki.crl_file)]
-    for path, fine in (
-        (tmp_path / "good.pem", True),
-        (tmp_path / "bad.pem", False),
-        (pki.pair("server").certificate, True),
-        (pki.pair("broker").certificate, True),
-    ):
-        done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
-        assert (done.returncode == 0) is fine, done.stderr
-
-
-def test_revocation_survives_a_restart_and_is_seen_by_others(pki: FleetPki) -> None:
-    other = FleetPki(pki.folder)
-    issued = pki.issue_device("pi-1", REQUEST, NOW)
-    assert not other.is_revoked(issued.serial)
-    pki.revoke("pi-1", NOW)
-    assert other.is_revoked(issued.serial)
-    assert FleetPki(pki.folder).is_revoked(issued.serial)
-    (record,) = [r for r in other.records() if r.name == "pi-1"]
-    assert record.revoked_at == NOW
-
-
 def test_without_the_authority_s_key_nothing_is_signed_and_the_rest_works(
     pki: FleetPki, tmp_path: Path
 ) -> None:
@@ -255,24 +181,6 @@ def test_without_the_authority_s_key_nothing_is_signed_and_the_rest_works(
             attempt()
     pki.prepare_to_serve(NOW)
     assert pki.verify_device(issued.pem, NOW).name == "pi-1"
-
-
-def test_a_list_from_elsewhere_counts(pki: FleetPki, tmp_path: Path) -> None:
-    elsewhere = FleetPki(shutil.copytree(pki.folder, tmp_path / "elsewhere"))
-    (pki.folder / "ca.key").unlink()
-    issued = elsewhere.issue_device("pi-1", REQUEST, NOW)
-    assert pki.verify_device(issued.pem, NOW).name == "pi-1"
-    elsewhere.revoke("pi-1", NOW)
-    pki.crl_file.write_bytes(elsewhere.crl_file.read_bytes())
-    with pytest.raises(Refused, match="revoked"):
-        pki.verify_device(issued.pem, NOW)
-
-
-def test_a_list_of_another_authority_is_an_error(pki: FleetPki, tmp_path: Path) -> None:
-    foreign = make_pki(tmp_path / "foreign", now=NOW)
-    pki.crl_file.write_bytes(foreign.crl_file.read_bytes())
-    with pytest.raises(ConfigError, match="not signed by this fleet's authority"):
-        pki.is_revoked(1)
 
 
 def test_a_service_keeps_its_key_and_its_hosts_when_it_is_renewed(tmp_path: Path) -> None:
@@ -332,16 +240,6 @@ def test_a_half_written_record_is_forgotten_and_a_damaged_one_is_an_error(pki: F
         pki.records()
 
 
-def test_a_revocation_whose_list_was_not_written_is_completed(pki: FleetPki) -> None:
-    issued = pki.issue_device("pi-1", REQUEST, NOW)
-    with (pki.folder / "issued.jsonl").open("a") as file:
-        file.write(json.dumps({"serial": f"{issued.serial:x}", "revoked_at": NOW}) + "\n")
-    assert pki.is_revoked(issued.serial)
-    assert not len(crl(pki))
-    FleetPki(pki.folder).prepare_to_serve(NOW)
-    assert [entry.serial_number for entry in crl(pki)] == [issued.serial]
-
-
 CREATES = """
 import sys
 from pathlib import Path
@@ -394,9 +292,9 @@ def test_two_at_work_in_one_folder_lose_nothing(pki: FleetPki) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    records = [record for record in pki.records() if record.kind == "device"]
-    assert len(records) == 15
-    assert {entry.serial_number for entry in crl(pki)} == {record.serial for record in records}
+    serials = {record.serial for record in pki.records() if record.kind == "device"}
+    assert len(serials) == 15
+    assert {entry.serial_number for entry in revocation_list(pki)} == serials
 
 
 def test_text_that_is_no_unicode_is_no_certificate(pki: FleetPki) -> None:

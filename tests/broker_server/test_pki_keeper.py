@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from cryptography import x509
 
 from broker_server.broker import BrokerLauncher
 from broker_server.pki import FleetPki
 from broker_server.pki_keeper import PkiKeeper
 from edge_agent.x509 import certificate_request
+from tests.support.pki import revocation_list
 from wire_protocol.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ class Launcher:
         self.told: list[tuple[list[str | None], set[int]]] = []
 
     def apply_certificates(self, revoked: list[str | None]) -> None:
-        crl = x509.load_pem_x509_crl(self._pki.crl_file.read_bytes())
-        self.told.append((revoked, {entry.serial_number for entry in crl}))
+        listed = {entry.serial_number for entry in revocation_list(self._pki)}
+        self.told.append((revoked, listed))
 
 
 def test_the_broker_is_told_once_the_list_could_be_written(

@@ -1,15 +1,11 @@
-"""A device's identity: read strictly, refused with a sentence, renewed without a gap."""
+"""A device's identity: read strictly, refused with a sentence."""
 
 from __future__ import annotations
 
 import datetime as dt
-import random
-import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,26 +22,21 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_server.http_tls import https_context
 from broker_server.pki import FleetPki
-from edge_agent.fleet_tls import NO_CHECK_TIME, tls_advice
-from edge_agent.identity import Identity, identity_of, load_identity
+from edge_agent.identity import identity_of
 from edge_agent.join import login_from_url
-from edge_agent.renewal import Renewal, renewal_due
 from edge_agent.settings import AgentSettings
 from edge_agent.x509 import (
     certificate_request,
     private_key_pem,
     public_key_of,
     read_certificate,
-    read_certificate_der,
     read_private_key,
 )
-from tests.support.identities import a_pki, an_identity
-from wire_protocol.errors import ConfigError, ProtocolError
+from tests.support.identities import DAY_S, a_pki, an_identity, loaded
+from wire_protocol.errors import ConfigError
 
 SEED = bytes(range(32))
-DAY_S = 86400.0
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +48,6 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> FleetPki:
 @pytest.fixture
 def folder(pki: FleetPki, tmp_path: Path) -> Path:
     return an_identity(pki, tmp_path / "identity")
-
-
-def loaded(folder: Path, *, now: float | None = None) -> Identity:
-    return load_identity(folder, device_id="pi", now=time.time() if now is None else now)
 
 
 # The bytes, against the usual library
@@ -250,222 +237,3 @@ def test_an_enrolled_device_takes_no_broker_without_tls_and_shows_the_other_its_
     with pytest.raises(ConfigError, match="reached without TLS"):
         login_from_url("mqtt://user:word@broker:1883", identity)
     assert login_from_url("mqtts://broker", identity).tls is identity.context
-
-
-# Talking to a server
-
-
-@contextmanager
-def tls_server(context: ssl.SSLContext) -> Iterator[int]:
-    """Shake hands with everybody on a loopback port, and greet them."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def greet() -> None:
-            while True:
-                try:
-                    plain, _ = listener.accept()
-                except OSError:
-                    return
-                with plain:
-                    try:
-                        with context.wrap_socket(plain, server_side=True) as connection:
-                            shown = read_certificate_der(connection.getpeercert(True) or b"")
-                            connection.sendall(f"{shown.common_name} {shown.serial}".encode())
-                    except OSError:
-                        continue
-
-        thread = threading.Thread(target=greet, daemon=True)
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
-
-
-def greeting(identity: Identity, port: int, name: str = "localhost") -> tuple[str, int]:
-    """Whom the server took us for: name, and serial of the certificate."""
-    with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
-        identity.context.wrap_socket(plain, server_hostname=name) as connection,
-    ):
-        shown, _, serial = connection.recv(100).decode().partition(" ")
-        return shown, int(serial)
-
-
-def server_side(pki: FleetPki) -> ssl.SSLContext:
-    context = https_context(pki)
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def test_the_server_learns_who_it_is_and_its_own_name_is_checked(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki")
-    identity = loaded(an_identity(pki, folder))
-    with tls_server(server_side(pki)) as port:
-        assert greeting(identity, port)[0] == "pi"
-        with pytest.raises(ssl.SSLCertVerificationError) as caught:
-            greeting(identity, port, "elsewhere.example")
-    assert "for another name" in str(tls_advice(caught.value))
-
-
-def test_a_server_of_another_authority_is_not_believed(folder: Path, tmp_path: Path) -> None:
-    stranger = a_pki(tmp_path / "stranger")
-    identity = loaded(folder)
-    with (
-        tls_server(server_side(stranger)) as port,
-        pytest.raises(ssl.SSLCertVerificationError) as caught,
-    ):
-        greeting(identity, port)
-    assert "an authority that is not believed" in str(tls_advice(caught.value))
-
-
-def test_a_server_that_does_not_accept_the_certificate_is_understood(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki")
-    identity = loaded(an_identity(pki, folder))
-    demanding = server_side(pki)
-    expired = an_identity(pki, tmp_path / "old", now=time.time() - 91 * DAY_S)
-    identity.context.load_cert_chain(expired / "device.pem", expired / "device.key")
-    with tls_server(demanding) as port, pytest.raises(ssl.SSLError) as caught:
-        greeting(identity, port)
-    assert "this device's certificate has expired" in str(tls_advice(caught.value))
-
-
-def test_a_server_certificate_from_the_future_proves_the_clock_wrong_and_is_then_believed(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki")
-    identity = loaded(an_identity(pki, folder))
-    # The device's clock is right here; so the server's certificate is made tomorrow.
-    pki.renew_service("server", time.time() + DAY_S)
-    with tls_server(server_side(pki)) as port:
-        with pytest.raises(ssl.SSLCertVerificationError) as caught:
-            greeting(identity, port)
-        assert "clock is behind" in str(tls_advice(caught.value))
-        assert greeting(identity, port)[0] == "pi"
-
-
-def test_a_wrong_clock_does_not_make_an_expired_server_certificate_good(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki", now=time.time() - 180 * DAY_S)  # its server's lived ninety days
-    identity = loaded(an_identity(pki, folder))
-    identity.context.distrust_clock()
-    with (
-        tls_server(server_side(pki)) as port,
-        pytest.raises(ssl.SSLCertVerificationError) as caught,
-    ):
-        greeting(identity, port)
-    assert "has expired" in str(tls_advice(caught.value))
-
-
-def test_only_a_certificate_from_the_future_makes_the_clock_distrusted(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki", now=time.time() - 180 * DAY_S)
-    identity = loaded(an_identity(pki, folder))
-    with tls_server(server_side(pki)) as port:
-        for name in ("localhost", "elsewhere.example"):
-            with pytest.raises(ssl.SSLCertVerificationError):
-                greeting(identity, port, name)
-    assert not identity.context.clock_is_behind
-
-
-def test_a_clock_before_the_own_certificate_is_distrusted_from_the_start(
-    pki: FleetPki, tmp_path: Path
-) -> None:
-    ahead = an_identity(pki, tmp_path / "ahead", now=time.time() + 5 * DAY_S)
-    assert loaded(ahead).context.verify_flags & NO_CHECK_TIME
-
-
-# Renewal
-
-
-@given(life=st.floats(1, 1e8), age=st.floats(0, 2))
-def test_a_certificate_is_due_when_two_thirds_of_its_life_are_over(life: float, age: float) -> None:
-    now = 1e9 + age * life
-    if age < 0.666:
-        assert not renewal_due(1e9, 1e9 + life, now)
-    if age > 0.667:
-        assert renewal_due(1e9, 1e9 + life, now)
-
-
-def a_renewal(folder: Path) -> Renewal:
-    return Renewal(loaded(folder), random.Random(0))
-
-
-def test_a_young_certificate_is_left_alone_and_an_old_one_is_asked_for_once_an_hour(
-    folder: Path,
-) -> None:
-    renewal = a_renewal(folder)
-    begin, end = renewal.identity.certificate.not_before, renewal.identity.certificate.not_after
-    assert renewal.request(begin + 10.0, 100.0) is None
-    late = begin + 0.7 * (end - begin)
-    asked = renewal.request(late, 100.0)
-    assert asked == certificate_request(renewal.identity.seed, "pi")
-    assert renewal.request(late + 60, 160.0) is None
-    assert renewal.request(late + 5500, 5600.0) == asked
-
-
-def test_the_server_s_word_counts_where_the_clock_says_1970(folder: Path) -> None:
-    renewal = a_renewal(folder)
-    certificate = renewal.identity.certificate
-    life_s = float(certificate.not_after - certificate.not_before)
-    assert renewal.now(0.0, 50.0) == certificate.not_before
-    renewal.heard(0.4 * life_s, 50.0)
-    assert renewal.request(0.0, 60.0) is None
-    # Time passes on the monotonic clock alone.
-    assert renewal.request(0.0, 60.0 + 0.1 * life_s) is not None
-
-
-def test_a_renewed_certificate_is_presented_from_the_next_connection_on(
-    folder: Path, tmp_path: Path
-) -> None:
-    pki = a_pki(tmp_path / "pki")
-    renewal = a_renewal(an_identity(pki, folder, now=time.time() - 70 * DAY_S))
-    asked = renewal.request(time.time(), 0.0)
-    assert asked is not None
-    fresh = pki.issue_device("pi", asked, time.time())
-    renewal.install(fresh.pem)
-    assert renewal.request(time.time(), 1e6) is None
-    assert loaded(folder).certificate.serial == fresh.serial
-    with tls_server(server_side(pki)) as port:
-        assert greeting(renewal.identity, port) == ("pi", fresh.serial)
-
-
-@pytest.mark.parametrize("whose", ["another key", "another name", "another fleet", "older", "junk"])
-def test_a_certificate_that_is_not_a_renewal_changes_nothing(
-    folder: Path, pki: FleetPki, tmp_path: Path, whose: str
-) -> None:
-    renewal = a_renewal(folder)
-    before = (folder / "device.pem").read_bytes()
-    own = certificate_request(renewal.identity.seed, "pi")
-    later = time.time() + DAY_S
-    wrong: dict[str, Callable[[], str]] = {
-        "another key": lambda: pki.issue_device("pi", certificate_request(SEED, "pi"), later).pem,
-        "another name": lambda: pki.issue_device("jetson", own, later).pem,
-        "another fleet": lambda: a_pki(tmp_path / "other").issue_device("pi", own, later).pem,
-        "older": lambda: pki.issue_device("pi", own, time.time() - DAY_S).pem,
-        "junk": lambda: "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-    }
-    pem = wrong[whose]()
-    with pytest.raises(ProtocolError):
-        renewal.install(pem)
-    assert (folder / "device.pem").read_bytes() == before
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "ca.pem",
-        "device.key",
-        "device.pem",
-        "operator.pub",
-    ]
-
-
-def test_the_same_certificate_twice_does_nothing_the_second_time(folder: Path) -> None:
-    renewal = a_renewal(folder)
-    stamp = (folder / "device.pem").stat().st_ino
-    renewal.install((folder / "device.pem").read_text())
-    assert (folder / "device.pem").stat().st_ino == stamp

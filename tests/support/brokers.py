@@ -102,3 +102,10 @@ async def next_message(
                 if wanted(event):
                     return event
                 event.acknowledge()
+
+
+async def settled(link: ServerLink, kind: type[object]) -> None:
+    """Pass over the server's events until one of this kind."""
+    with anyio.fail_after(20):
+        while not isinstance(await link.receive(), kind):
+            pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import ssl
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from broker_server.tokens import TokenStore
 from edge_agent.join import login_from_url
 from tests.support.brokers import FLEET
 from tests.support.pki import Certified, anonymous_context, certified_device, make_pki
+from tests.support.processes import end
 from wire_protocol.errors import ConfigError
 from wire_protocol.parts import BlobRef
 
@@ -118,12 +118,7 @@ class GuardedSite:
     def stop(self) -> None:
         """End it."""
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(5)
+            end(self.process)
 
     def log(self) -> str:
         """What it said so far."""

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from broker_server.pki import FleetPki
 from broker_server.pki_x509 import CERTIFICATE_S
+from edge_agent.identity import Identity, load_identity
 from edge_agent.x509 import certificate_request, private_key_pem
 
 FLEET = "lab"
+DAY_S = 86400.0
 
 
 def a_pki(folder: Path, *, now: float | None = None, fleet: str = FLEET) -> FleetPki:
@@ -41,3 +43,8 @@ def an_identity(
         (folder / name).write_text(text)
         (folder / name).chmod(mode)
     return folder
+
+
+def loaded(folder: Path, *, now: float | None = None) -> Identity:
+    """As the agent of the device ``pi`` reads it."""
+    return load_identity(folder, device_id="pi", now=time.time() if now is None else now)

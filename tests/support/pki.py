@@ -37,6 +37,11 @@ def make_pki(folder: Path, *, now: float | None = None) -> FleetPki:
     return FleetPki.create(folder, FLEET, [], time.time() if now is None else now)
 
 
+def revocation_list(pki: FleetPki) -> x509.CertificateRevocationList:
+    """What brokers and servers read."""
+    return x509.load_pem_x509_crl(pki.crl_file.read_bytes())
+
+
 def signing_request(key: DeviceKey, name: str = "whatever") -> str:
     """A request that is signed by its key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +15,18 @@ import yaml
 
 from broker_server.operator_api_client import OperatorApi, add_model
 from broker_server.run_spec import load_run_spec, read_held_out
+from tests.support.processes import Processes
 from tests.support.tiny_models import make_base_model, write_reviews
 
 Json = dict[str, Any]
-PATIENCE_S = 120.0
 
 
 @dataclass
-class Site:
-    """Starts, kills and asks; every process is ended by its pid when the test ends."""
+class Site(Processes):
+    """Starts, kills and asks."""
 
-    folder: Path
     broker: str = "embedded"
     heartbeat_s: float = 2.0
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    patience_s: float = PATIENCE_S
     environment: dict[str, str] = field(default_factory=dict)
     """Further variables for the processes that are started from now on."""
 
@@ -183,33 +177,6 @@ class Site:
             pid for pid in pids if b"trainer_child" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )
 
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        """Poll; fails with the logs when it does not come true."""
-        give_up_at = time.monotonic() + self.patience_s
-        while not condition():
-            if time.monotonic() > give_up_at:
-                logs = "\n".join(
-                    f"--- {path.name}\n{path.read_text()[-2000:]}"
-                    for path in self.folder.glob("*.log")
-                )
-                raise AssertionError(f"it did not happen that {what}\n{logs}")
-            time.sleep(0.1)
-
-    def log(self, name: str) -> str:
-        """What a process has said so far."""
-        return (self.folder / f"{name}.log").read_text()
-
-    def close(self) -> None:
-        """End everything."""
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(5)
-
     def _settings_file(self, name: str) -> Path:
         return self.folder / f"{name}.yml"
 
@@ -226,14 +193,8 @@ class Site:
         file.write_text(yaml.safe_dump(settings))
         if arguments[-1] == "--settings":
             arguments = [*arguments, str(file)]
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *(before or []), *arguments],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **self.environment},
-            )
+        command = [sys.executable, "-m", module, *(before or []), *arguments]
+        self.spawn(name, command, {"HF_HUB_OFFLINE": "1", **self.environment})
 
 
 @contextmanager

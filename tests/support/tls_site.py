@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,20 +16,18 @@ from broker_server.operator_api_client import OperatorApi
 from broker_server.pki import FleetPki
 from tests.support.brokers import require
 from tests.support.identities import FLEET, a_pki
-from tests.support.ports import free_port, wait_until
+from tests.support.ports import free_port
+from tests.support.processes import PATIENCE_S, Processes
 
 Json = dict[str, Any]
 Done = subprocess.CompletedProcess[str]
-PATIENCE_S = 120.0
 
 
 @dataclass
-class TlsSite:
-    """Starts and asks; every process is ended by its pid when the test ends."""
+class TlsSite(Processes):
+    """Starts and asks."""
 
-    folder: Path
     port: int = field(default_factory=free_port)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require("mosquitto")
@@ -60,8 +56,8 @@ class TlsSite:
         }
         file.write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "broker_server.cli", "serve", "--settings", str(file)]
-        self._start("server", command, environment)
-        wait_until(ready.exists, seconds=PATIENCE_S)
+        self.spawn("server", command, environment)
+        self.until(ready.exists, "the server answers")
 
     def agent_command(self, name: str, *arguments: str, **settings: Any) -> list[str]:
         """The command line of one agent command."""
@@ -82,7 +78,7 @@ class TlsSite:
         self, name: str, *arguments: str, environment: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Start one agent command; its output goes to a file."""
-        return self._start(name, self.agent_command(name, *arguments), environment or {})
+        return self.spawn(name, self.agent_command(name, *arguments), environment or {})
 
     def agent(
         self, name: str, *arguments: str, environment: Json | None = None, **settings: Any
@@ -124,42 +120,3 @@ class TlsSite:
         with OperatorApi(self.url, ca=self.pki.ca_file) as api:
             states = {device["device_id"]: str(device["state"]) for device in api.devices()}
         return states.get(name)
-
-    def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Poll; fails with the logs when it does not come true."""
-        try:
-            wait_until(condition, seconds=PATIENCE_S)
-        except AssertionError as error:
-            logs = "\n".join(
-                f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log")
-            )
-            raise AssertionError(f"it did not happen that {what}\n{logs}") from error
-
-    def log(self, name: str) -> str:
-        """What a process has said so far."""
-        return (self.folder / f"{name}.log").read_text()
-
-    def close(self) -> None:
-        """End everything."""
-        for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(5)
-
-    def _start(
-        self, name: str, command: list[str], environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment},
-            )
-        self.processes[name] = process
-        return process

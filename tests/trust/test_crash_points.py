@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -108,6 +108,33 @@ class Scene:
             found = {record.run_id for record in self.site.store.runs()} - runs
             return found.pop() if found else None
 
+    def march(
+        self,
+        name: str,
+        places: list[str],
+        *,
+        provoke: Callable[[str], object] = lambda _point: None,
+    ) -> None:
+        """Kill a process at one place after the other, and check the run that all this hit.
+
+        Args:
+            provoke: called with the point once it is armed; makes the process get there where the
+                run alone does not.
+        """
+        rounds = len(places) + 2
+        run_id = self.launch(rounds=rounds)
+        assert run_id is not None
+        kept: dict[int, dict[str, str]] = {}
+        for point in places:
+            log.info("%s dies at %s", name, point)
+            self.restart_armed(name, point)
+            provoke(point)
+            self.wait_for_death(name)
+            kept |= self.updates_so_far(run_id, rounds)
+        self.restart(name)
+        self.wait_for_fleet()
+        self.check(run_id, rounds=rounds, kept=kept)
+
     def check(self, run_id: str, *, rounds: int, kept: dict[int, dict[str, str]]) -> None:
         """The run is complete, each update counted once, the adapter is what they come to."""
         site = self.site
@@ -197,22 +224,12 @@ def test_a_server_killed_while_it_writes_finishes_the_run(scene: Scene, point: s
 @pytest.mark.trust
 @pytest.mark.timeout(2400)
 def test_a_server_killed_at_every_point_in_turn_finishes_the_run(scene: Scene) -> None:
-    march = of(RUNNING)
-    rounds = len(march) + 2
-    run_id = scene.launch(rounds=rounds)
-    assert run_id is not None
-    kept: dict[int, dict[str, str]] = {}
-    for point in march:
-        log.info("the server dies at %s", point)
-        scene.restart_armed("server", point)
+    def write_a_run(point: str) -> None:
         if point.startswith("server.store.run/"):
             scene.site.until(scene.answers, "the server answers")
             scene.launch(rounds=1)
-        scene.wait_for_death("server")
-        kept |= scene.updates_so_far(run_id, rounds)
-    scene.restart("server")
-    scene.wait_for_fleet()
-    scene.check(run_id, rounds=rounds, kept=kept)
+
+    scene.march("server", of(RUNNING), provoke=write_a_run)
     for record in scene.site.store.runs():
         assert scene.site.wait_for_end(record.run_id)["status"] == "finished"
 
@@ -269,18 +286,7 @@ def test_an_agent_killed_while_it_works_comes_back_into_the_round(scene: Scene, 
 @pytest.mark.trust
 @pytest.mark.timeout(1200)
 def test_an_agent_killed_at_every_point_in_turn_comes_back_every_time(scene: Scene) -> None:
-    march = of(WORKING)
-    rounds = len(march) + 2
-    run_id = scene.launch(rounds=rounds)
-    assert run_id is not None
-    kept: dict[int, dict[str, str]] = {}
-    for point in march:
-        log.info("the agent dies at %s", point)
-        scene.restart_armed("left", point)
-        scene.wait_for_death("left")
-        kept |= scene.updates_so_far(run_id, rounds)
-    scene.restart("left")
-    scene.check(run_id, rounds=rounds, kept=kept)
+    scene.march("left", of(WORKING))
 
 
 @pytest.mark.trust

@@ -29,9 +29,10 @@ from broker_server.store import Store
 from edge_agent.mqtt import BrokerLogin
 from edge_agent.server_connection import ServerConnection
 from edge_agent.settings import AgentSettings
+from tests.support.processes import PATIENCE_S
 from tests.support.site import Json, Site
 from tests.support.tiny_models import make_base_model, write_reviews
-from tests.support.tls_site import PATIENCE_S, TlsSite
+from tests.support.tls_site import TlsSite
 from wire_protocol.errors import ConfigError, LegendError
 from wire_protocol.signed import Signer
 
@@ -146,12 +147,12 @@ class DebugTlsSite(TlsSite):
         place = command.index("--settings")
         return [*command[:place], "--log-level", "debug", *command[place:]]
 
-    def _start(
+    def spawn(
         self, name: str, command: list[str], environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
         if name == "server":
             command = [*command, "--log-level", "debug"]
-        return super()._start(name, command, environment)
+        return super().spawn(name, command, environment)
 
 
 def new_token(settings_file: Path, role: str) -> str:

@@ -99,6 +99,22 @@ async def round_trip_s(server: ServerLink, number: int) -> float:
                     return time.monotonic() - began
 
 
+def figures_of(
+    radio: Radio, up_bytes: int, took_s: float, delays_s: list[float]
+) -> dict[str, float]:
+    """What the experiments' page says about one upload and the commands meanwhile."""
+    return {
+        "size_bytes": radio.size_bytes,
+        "bytes_per_s": radio.bytes_per_s,
+        "took_s": round(took_s, 2),
+        "up_bytes": up_bytes,
+        "sent_again": round(up_bytes / radio.size_bytes - 1, 4),
+        "commands": len(delays_s),
+        "median_s": round(statistics.median(delays_s), 3),
+        "max_s": round(max(delays_s), 3),
+    }
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "radio",
@@ -152,16 +168,7 @@ async def test_an_update_crosses_a_slow_link_that_breaks_twice_while_commands_ge
 
     digest = hashlib.sha256(content).hexdigest()
     assert BlobStore(tmp_path / "blobs").read(digest) == content
-    figures = {
-        "size_bytes": radio.size_bytes,
-        "bytes_per_s": radio.bytes_per_s,
-        "took_s": round(took_s, 2),
-        "up_bytes": http_link.up_bytes,
-        "sent_again": round(http_link.up_bytes / radio.size_bytes - 1, 4),
-        "commands": len(delays_s),
-        "median_s": round(statistics.median(delays_s), 3),
-        "max_s": round(max(delays_s), 3),
-    }
+    figures = figures_of(radio, http_link.up_bytes, took_s, delays_s)
     print(json.dumps(figures))  # noqa: T201 - the figures for the experiments' page
     record_property("figures", figures)
     assert http_link.resets == 2
