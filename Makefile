@@ -1,7 +1,7 @@
 # Every target creates .venv and installs what it needs on first use.
 #
 #   make demo                          the main job, end to end, on this machine
-#   make test                          all tests (installs mosquitto's package if it can)
+#   make test                          all tests (installs the packages of mosquitto and PostgreSQL if it can)
 #   make demo TORCH_BACKEND=auto       a PyTorch for this machine's GPU instead of the CPU
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml tools/install_torch.py
 demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 	$(BIN)/legend demo $(DEMO_ARGS)
 
-test: venv mosquitto ## Every test, attacks in their short form; those with real fleets come last
+test: venv mosquitto postgresql ## Every test, attacks in their short form; those with real fleets come last
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible and not trust"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "e2e and not trust"
 
@@ -55,7 +55,11 @@ docs: venv ## Write the generated files anew
 
 .PHONY: mosquitto
 mosquitto:
-	@command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || sh tools/install_mosquitto.sh
+	@command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || sh tools/install_package.sh mosquitto
+
+.PHONY: postgresql
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/pg_ctl >/dev/null 2>&1 || sh tools/install_package.sh postgresql
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -44,8 +44,10 @@ def serve(settings_file: Path | None, log_level: str) -> None:
     """Serve devices and operators until stopped."""
     import anyio
 
+    from broker_server.heap import use_few_arenas
     from broker_server.settings import load_settings
 
+    use_few_arenas()
     configure_logging(log_level)
     settings = load_settings(settings_file)
     from broker_server.app import serve as serve_until_stopped

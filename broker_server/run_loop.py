@@ -299,8 +299,7 @@ class RunLoop:
             cuts = stored_cuts(
                 self.blobs,
                 new.data,
-                self.context.model_shape.layer_count,
-                self.coordinator.plan.prefix,
+                self.coordinator.plan,
                 next_round=action.round_number + 1,
             )
         except BaseException:

@@ -16,7 +16,7 @@ from broker_server.strategies.prefix import prefix_rule
 from broker_server.strategies.protected import protected_strategy
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
-from wire_protocol.lora import Codec
+from wire_protocol.lora import BYTES_PER_VALUE, Codec
 from wire_protocol.messages import (
     Command,
     Prefix,
@@ -27,9 +27,6 @@ from wire_protocol.messages import (
 from wire_protocol.model_family import FAMILIES, ModelShape, adapter_shapes
 from wire_protocol.parts import BlobRef
 from wire_protocol.tensors import encode
-
-BYTES_PER_VALUE = {Codec.FP32: 4.0, Codec.FP16: 2.0, Codec.INT8: 0.96, Codec.INT4: 0.45}
-"""int8 carries one float32 scale per row, about five per cent at our shapes."""
 
 TYPICAL_FILL = 0.5
 """Share of ``max_tokens`` that texts are taken to fill until a round measured it."""
@@ -116,6 +113,7 @@ def recipe_of(spec: RunSpec) -> TrainingRecipe:
         head_learning_rate=spec.head_learning_rate,
         max_tokens=spec.max_tokens,
         codec=spec.codec,
+        adapter_codec=spec.adapter_codec,
         clip_norm=spec.privacy.clip_norm if spec.privacy else None,
     )
 
@@ -139,7 +137,7 @@ def run_shape(spec: RunSpec, shape: ModelShape) -> RunShape:
         peak_tokens_per_step=peak,
         steps=spec.local_steps,
         bytes_per_value_up=BYTES_PER_VALUE[spec.codec],
-        bytes_per_value_down=BYTES_PER_VALUE[Codec.FP32],
+        bytes_per_value_down=BYTES_PER_VALUE[spec.adapter_codec],
         b_share=of_b / sum(per_layer),
         batch_size=spec.batch_size,
         prefix=prefix_rule(spec.strategy, spec.strategy_options)[0],
@@ -190,7 +188,7 @@ def prepare_run(
         baseline_done=False,
         tokens_per_step=sizes.tokens_per_step,
         prefix=PrefixCheckpoint(
-            cuts=stored_cuts(blobs, data, shape.layer_count, sizes.prefix, next_round=1)
+            cuts=stored_cuts(blobs, data, plan, next_round=1),
         ),
     )
     return PreparedRun(plan, strategy, start)

@@ -119,6 +119,7 @@ class RunOptions(_Strict):
     head_learning_rate: float = Field(default=5e-3, gt=0, le=1)
     max_tokens: int = Field(default=64, ge=4, le=8192)
     codec: Codec = Codec.FP32
+    adapter_codec: Codec = Codec.FP32
     deadline_s: float | None = Field(default=None, gt=0, le=1e7)
     quorum: float = Field(default=1.0, gt=0, le=1)
     target_accuracy: float | None = Field(default=None, gt=0, le=1)

@@ -7,7 +7,7 @@ Every method is one transaction; when it returns, the data is on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     create_engine,
+    delete,
     func,
     select,
     update,
@@ -42,6 +43,14 @@ class DeviceRow(Row):
     device_id: Mapped[str] = mapped_column(String(48), primary_key=True)
     sid: Mapped[int] = mapped_column(Integer)
     birth: Mapped[str] = mapped_column(Text)
+
+
+class ExpectedRow(Row):
+    """A device of the last inventory, and where it is."""
+
+    __tablename__ = "expected"
+    device_id: Mapped[str] = mapped_column(String(48), primary_key=True)
+    address: Mapped[str] = mapped_column(Text)
 
 
 class ModelRow(Row):
@@ -109,13 +118,14 @@ class Store:
     Raises:
         ConfigError: the database cannot be opened.
         DatabaseDamaged: it was opened, and is not what was written.
-        DatabaseUnavailable: its disk is full. Every method that writes may raise it too.
+        DatabaseUnavailable: its disk is full, or it does not answer. Every method may raise it too.
     """
 
     def __init__(self, url: str) -> None:
         self._name = _hide_password(url)
         try:
-            self._engine = create_engine(url)
+            # A database that was restarted must not fail the first who ask it.
+            self._engine = create_engine(url, pool_pre_ping=True)
             if self._engine.dialect.name == "sqlite":
                 database_file.make_durable(self._engine)
             Row.metadata.create_all(self._engine)
@@ -161,9 +171,24 @@ class Store:
 
     def devices(self) -> Sequence[tuple[str, int, str]]:
         """Every known device as (device_id, sid, birth)."""
-        with Session(self._engine) as session:
+        with self._reading() as session:
             rows = session.scalars(select(DeviceRow).order_by(DeviceRow.device_id))
             return [(row.device_id, row.sid, row.birth) for row in rows]
+
+    def save_expected(self, addresses: Mapping[str, str]) -> None:
+        """Replace the devices of the last inventory: device id -> address."""
+        with self._transaction("server.store.expected") as session:
+            session.execute(delete(ExpectedRow))
+            session.add_all(
+                ExpectedRow(device_id=device_id, address=address)
+                for device_id, address in addresses.items()
+            )
+
+    def expected(self) -> dict[str, str]:
+        """The devices of the last inventory, sorted: device id -> address."""
+        with self._reading() as session:
+            rows = session.scalars(select(ExpectedRow).order_by(ExpectedRow.device_id))
+            return {row.device_id: row.address for row in rows}
 
     def save_model(self, digest: str, name: str, *, files: str, config: str) -> None:
         """Register a base model; a name given again now means the new digest."""
@@ -176,13 +201,13 @@ class Store:
 
     def models(self) -> Sequence[ModelRow]:
         """Every registered base model."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._reading() as session:
             return list(session.scalars(select(ModelRow).order_by(ModelRow.name)))
 
     def model(self, name_or_digest: str) -> ModelRow | None:
         """One base model by name or digest."""
         either = (ModelRow.name == name_or_digest) | (ModelRow.digest == name_or_digest)
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._reading() as session:
             return session.scalars(select(ModelRow).where(either)).first()
 
     def create_run(self, run_id: str, spec: str) -> None:
@@ -216,18 +241,18 @@ class Store:
 
     def runs(self) -> Sequence[RunRecord]:
         """Every run, oldest first."""
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return [_record(row) for row in session.scalars(select(RunRow).order_by(RunRow.number))]
 
     def statuses(self) -> dict[str, str]:
         """The status of every run; without its documents, which may be large."""
         query = select(RunRow.run_id, RunRow.status).order_by(RunRow.number)
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return {row[0]: row[1] for row in session.execute(query)}
 
     def run(self, run_id: str) -> RunRecord | None:
         """One run."""
-        with Session(self._engine) as session:
+        with self._reading() as session:
             row = session.scalars(select(RunRow).where(RunRow.run_id == run_id)).first()
             return _record(row) if row else None
 
@@ -235,19 +260,19 @@ class Store:
         """Results of the committed rounds that come after this one, in order."""
         later = (RoundRow.run_id == run_id) & (RoundRow.round_number > after)
         query = select(RoundRow.result).where(later).order_by(RoundRow.round_number)
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return list(session.scalars(query))
 
     def last_round(self, run_id: str) -> str | None:
         """Result of the last committed round."""
         query = select(RoundRow.result).where(RoundRow.run_id == run_id)
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return session.scalars(query.order_by(RoundRow.round_number.desc()).limit(1)).first()
 
     def round_counts(self) -> dict[str, int]:
         """Number of committed rounds of every run that has any."""
         query = select(RoundRow.run_id, func.count()).group_by(RoundRow.run_id)
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return {row[0]: row[1] for row in session.execute(query)}
 
     def record_update(self, run_id: str, round_number: int, device_id: str, manifest: str) -> bool:
@@ -271,8 +296,17 @@ class Store:
         query = select(UpdateRow).where(
             UpdateRow.run_id == run_id, UpdateRow.round_number == round_number
         )
-        with Session(self._engine) as session:
+        with self._reading() as session:
             return {row.device_id: row.manifest for row in session.scalars(query)}
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        """What is read stays usable after the block is left."""
+        try:
+            with Session(self._engine, expire_on_commit=False) as session:
+                yield session
+        except DBAPIError as error:
+            raise database_file.named(error, self._name) from error
 
     @contextmanager
     def _transaction(self, site: str) -> Iterator[Session]:

@@ -113,6 +113,8 @@ LICENCE_EXCEPTIONS = {
     "ansible-lint": "GPL-3.0: a tool of the developers",
     "ansible-compat": "comes with ansible-lint",
     "yamllint": "GPL-3.0: a tool of the developers",
+    "psycopg": "LGPL-3.0: optional, a library used as it is and behind SQLAlchemy",
+    "psycopg-binary": "comes with psycopg",
     "jetson-stats": "AGPL-3.0: optional, imported in one module behind an interface",
 }
 """Packages whose licence would not do for something that we ship."""

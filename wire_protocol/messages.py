@@ -135,6 +135,7 @@ class UpdateManifest(Part):
 class TrainingRecipe(Part):
     """How every device of a run trains; the same for all of them.
 
+    Updates are written with ``codec``; what devices load was written with ``adapter_codec``.
     With ``clip_norm`` a device scales its whole update down to that norm before it
     sends it; the server does so again.
     """
@@ -147,6 +148,7 @@ class TrainingRecipe(Part):
     head_learning_rate: float = Field(gt=0, le=1)
     max_tokens: int = Field(ge=4, le=8192)
     codec: Codec = Codec.FP32
+    adapter_codec: Codec = Codec.FP32
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from broker_server.adapter_cuts import stored_cuts
 from broker_server.blobs import BlobStore
 from broker_server.prefix_book import PrefixBook, PrefixCheckpoint
+from broker_server.run_state import RunPlan
 from broker_server.strategies.prefix import PrefixRule, prefix_rule
 from broker_server.virtual_cache import CacheBook, VirtualCache
-from tests.support.capacities import device
-from tests.support.messages import a_manifest, a_report
+from tests.support.capacities import SIX_LAYERS, device
+from tests.support.messages import a_manifest, a_recipe, a_report
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import UpdateManifest
@@ -33,9 +35,16 @@ def blobs(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path)
 
 
+def plan_of(rule: PrefixRule, codec: Codec = Codec.FP32) -> RunPlan:
+    recipe = a_recipe().model_copy(update={"adapter_codec": codec})
+    values = SIX_LAYERS.values_per_rank[:3]
+    shape = replace(SIX_LAYERS, layer_count=3, values_per_rank=values)
+    return RunPlan("run", rounds=1, shape=shape, recipe=recipe, model_digest="0" * 64, prefix=rule)
+
+
 def book_of(blobs: BlobStore, rule: PrefixRule, value: float = 0.0) -> PrefixBook:
     data = encode(an_adapter(value), Codec.FP32)
-    cuts = stored_cuts(blobs, data, 3, rule, next_round=1)
+    cuts = stored_cuts(blobs, data, plan_of(rule), next_round=1)
     return PrefixBook(rule, PrefixCheckpoint(cuts=cuts))
 
 
@@ -47,6 +56,24 @@ def an_update(depth: int, *, examples: int, steps: int) -> UpdateManifest:
 
 def layers_of(blobs: BlobStore, sha256: str) -> set[str]:
     return {".".join(name.split(".")[:2]) for name in decode(blobs.read(sha256))}
+
+
+@pytest.mark.parametrize("rule", [PrefixRule(), PrefixRule("periodic", every=1)])
+def test_devices_load_a_coarsely_written_adapter_that_is_not_the_servers_own(
+    blobs: BlobStore, rule: PrefixRule
+) -> None:
+    rng = np.random.default_rng(0)
+    exact = {name: rng.normal(size=(2, 4)).astype(np.float32) for name in an_adapter(0.0)}
+    data = encode(exact, Codec.FP32)
+    cuts = stored_cuts(blobs, data, plan_of(rule, Codec.INT8), next_round=1)
+    book = PrefixBook(rule, PrefixCheckpoint(cuts=cuts))
+    loaded = book.base(3)
+    assert loaded is not None
+    got = decode(blobs.read(loaded.sha256))
+    assert got.keys() == exact.keys()
+    for name, values in exact.items():
+        np.testing.assert_allclose(got[name], values, atol=np.abs(values).max() / 127)
+    assert any(not np.array_equal(got[name], values) for name, values in exact.items())
 
 
 def test_a_synced_prefix_changes_nothing(blobs: BlobStore) -> None:
@@ -81,11 +108,11 @@ def test_a_periodic_prefix_is_the_lower_part_of_an_earlier_adapter(blobs: BlobSt
     assert layers_of(blobs, first.adapter.sha256) == {"layers.0"}
     for round_number in (2, 3):
         data = encode(an_adapter(round_number), Codec.FP32)
-        book.learn({}, stored_cuts(blobs, data, 3, PERIODIC, next_round=round_number))
+        book.learn({}, stored_cuts(blobs, data, plan_of(PERIODIC), next_round=round_number))
         book.begin_round(round_number)
         assert (book.prefix(2), book.version) == (first, version)
     data = encode(an_adapter(9), Codec.FP32)
-    book.learn({}, stored_cuts(blobs, data, 3, PERIODIC, next_round=4))
+    book.learn({}, stored_cuts(blobs, data, plan_of(PERIODIC), next_round=4))
     book.begin_round(4)
     fresh = book.prefix(2)
     assert fresh is not None
@@ -118,7 +145,7 @@ def test_a_refreshed_prefix_empties_the_caches(blobs: BlobStore) -> None:
     book = book_of(blobs, PERIODIC)
     book.begin_round(1)
     data = encode(an_adapter(5), Codec.FP32)
-    cuts = stored_cuts(blobs, data, 3, PERIODIC, next_round=4)
+    cuts = stored_cuts(blobs, data, plan_of(PERIODIC), next_round=4)
     book.learn({"a": an_update(2, examples=80, steps=5)}, cuts)
     book.begin_round(3)
     assert book.known(device("a")).warm_depth == 2
