@@ -168,6 +168,8 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/v1/ca", _ANYBODY, largest_body_bytes=LARGEST_STRANGERS_BYTES),
     Rule("POST", "/v1/enroll", _ANYBODY, largest_body_bytes=LARGEST_STRANGERS_BYTES),
     Rule("GET", "/v1/enrolments", _PEOPLE),
+    # It answers with tokens: whoever may accept devices may also let them in beforehand.
+    Rule("PUT", "/v1/expected", _OPERATOR),
     Rule("POST", "/v1/devices/{device_id}/accept", _OPERATOR),
     Rule("POST", "/v1/devices/{device_id}/reject", _OPERATOR),
     Rule("POST", "/v1/devices/{device_id}/revoke", _OPERATOR),

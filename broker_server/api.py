@@ -25,6 +25,8 @@ from broker_server.base_model import ModelFile
 from broker_server.blob_api import blob_router
 from broker_server.counters import TrafficMeter
 from broker_server.enrollment_api import enrolment_router
+from broker_server.expected_api import expected_router
+from broker_server.expected_devices import ExpectedDevices
 from broker_server.metrics import CONTENT_TYPE_LATEST, Metrics
 from broker_server.model_registry import shape_of
 from broker_server.run_folder import list_files
@@ -86,7 +88,9 @@ def make_api(server: Server) -> FastAPI:
         blob_router(server.blobs, on_complete=uploaded, rights=server.rights, on_refused=refuse)
     )
     api.include_router(enrolment_router(server.enrolment, operator_key=server.operator_key))
-    routes = _Routes(server)
+    expected = ExpectedDevices(server.store, server.fleet, server.pki)
+    api.include_router(expected_router(expected))
+    routes = _Routes(server, expected)
     for method, path, handler, status in (
         ("GET", "/metrics", routes.metrics, 200),
         ("POST", "/v1/backup", routes.backup, 200),
@@ -114,8 +118,9 @@ def make_api(server: Server) -> FastAPI:
 class _Routes:
     """The handlers; they run on the event loop and touch the server directly."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, expected: ExpectedDevices) -> None:
         self._server = server
+        self._expected = expected
         self._metrics = Metrics(server)
 
     async def metrics(self) -> Response:
@@ -177,10 +182,11 @@ class _Routes:
         }
 
     async def devices(self) -> dict[str, object]:
-        """Every device of the fleet."""
+        """Every device of the fleet, and those that are expected."""
         server = self._server
         certificates = server.pki.records() if server.pki else ()
-        return {"devices": device_list(server.fleet, time.monotonic(), certificates)}
+        known = device_list(server.fleet, time.monotonic(), certificates)
+        return {"devices": self._expected.listed(known)}
 
     async def models(self) -> dict[str, object]:
         """Every registered base model."""

@@ -187,6 +187,10 @@ def _devices(devices: Sequence[Json], server_version: str) -> Iterator[Finding]:
     for one in devices:
         if one["state"] == "revoked":
             yield Finding("device", "ok", f"{one['device_id']} is revoked, as somebody decided")
+        elif one["state"] == "expected":
+            seen = f"{one['device_id']} is expected and was never seen"
+            remedy = "enrol and start its agent; or take it out of the inventory and import again"
+            yield Finding("device", "warning", seen, remedy)
         elif one["state"] != "online":
             seen = f"{one['device_id']} is lost, last heard {_ago(one['last_seen_s'])} ago"
             remedy = "on the device: systemctl status edge-agent; edge-agent doctor"

@@ -18,6 +18,7 @@ import click
 from broker_server.care_cli import backup, doctor
 from broker_server.cli_output import as_json_option, print_answer
 from broker_server.devices_cli import devices
+from broker_server.fleet_cli import fleet
 from broker_server.simulation_cli import compare, simulate
 from broker_server.wheelhouse_cli import wheelhouse
 from wire_protocol.command_line import OneLineErrors
@@ -77,6 +78,7 @@ def main(ctx: click.Context, server: str, token: str | None, ca: Path | None) ->
 
 
 main.add_command(devices)
+main.add_command(fleet)
 main.add_command(backup)
 main.add_command(doctor)
 main.add_command(simulate)

@@ -20,6 +20,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _STATE_STYLES = {
     "online": "green",
     "lost": "red",
+    "expected": "yellow",
     "refused": "red",
     "revoked": "red",
     "failed": "red",

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 from wire_protocol.errors import ConfigError, DeviceError, FailureCode
@@ -77,8 +79,8 @@ def load_base_model(model_dir: Path, task: str, label_count: int) -> BaseModel:
         raise DeviceError(FailureCode.MISSING_FILE, f"base model folder {model_dir} is incomplete")
     try:
         shape, config = _read_config(model_dir, task)
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-        model = _load_weights(model_dir, task, label_count)
+        tokenizer = _load_tokenizer(model_dir)
+        model = _load_weights(model_dir, task, label_count, rotation=_rotation(config))
     except (ConfigError, OSError, ValueError) as error:
         line = " ".join(str(error).split())[:300]
         raise DeviceError(
@@ -99,8 +101,33 @@ def _read_config(model_dir: Path, task: str) -> tuple[ModelShape, dict[str, Any]
     return shape, config
 
 
-def _load_weights(model_dir: Path, task: str, label_count: int) -> Any:
+def _load_tokenizer(model_dir: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    except ValueError as error:
+        # What transformers 5 calls every tokenizer that tokenizer.json describes in full; 4 has
+        # the same class under its old name.
+        if "TokenizersBackend" not in str(error):
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(str(model_dir), local_files_only=True)
+
+
+def _rotation(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 has to be told about rotary positions in a config that 5 has written.
+
+    It would take its default for the keys that it misses, and train another model than the others.
+    """
+    written = config.get("rope_parameters")
+    if not written or int(transformers.__version__.partition(".")[0]) >= 5:
+        return {}
+    scaling = {key: value for key, value in written.items() if key != "rope_theta"}
+    scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": written["rope_theta"], "rope_scaling": scaling if scaled else None}
+
+
+def _load_weights(model_dir: Path, task: str, label_count: int, *, rotation: dict[str, Any]) -> Any:
     options: dict[str, Any] = {
+        **rotation,
         "local_files_only": True,
         "use_safetensors": True,
         "output_loading_info": True,

@@ -9,7 +9,6 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +16,9 @@ import anyio
 
 from edge_agent.blobs import BlobClient
 from edge_agent.capability import describe_datasets, this_device
+from edge_agent.doctor_finding import Finding
+from edge_agent.doctor_limit import prove
+from edge_agent.doctor_memory import limit_findings
 from edge_agent.emulation import emulation_of
 from edge_agent.identity import identity_of, remaining_s, tls_of
 from edge_agent.join import find_broker_once
@@ -39,16 +41,6 @@ LEAST_MEMORY_BYTES = 700 * 2**20
 """What importing the training packages and loading a small model takes."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check: ``state`` is ``ok``, ``warning`` or ``broken``."""
-
-    check: str
-    state: str
-    seen: str
-    remedy: str = ""
-
-
 def examine(settings_file: Path | None) -> list[Finding]:
     """Run every check; one that fails does not stop the others."""
     try:
@@ -60,6 +52,7 @@ def examine(settings_file: Path | None) -> list[Finding]:
         ("board", _board),
         ("state directory", _state_directory),
         ("memory", _memory),
+        ("memory limit", _memory_limit),
         ("temperature", _temperature),
         ("datasets", _datasets),
         ("packages", _packages),
@@ -123,6 +116,10 @@ def _memory(settings: AgentSettings) -> Iterator[Finding]:
         f"{budget / 2**20:.0f} MiB for training",
         "" if enough else "stop other programs or raise the memory limit of this service",
     )
+
+
+def _memory_limit(settings: AgentSettings) -> Iterator[Finding]:
+    yield from limit_findings(settings.sysroot, this_device(settings, None).facts, prove())
 
 
 def _temperature(settings: AgentSettings) -> Iterator[Finding]:

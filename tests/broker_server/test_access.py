@@ -44,6 +44,7 @@ ALLOWED = {
     "GET /v1/ca": "ndvo",
     "POST /v1/enroll": "ndvo",
     "GET /v1/enrolments": "vo",
+    "PUT /v1/expected": "o",
     "POST /v1/devices/{device_id}/accept": "o",
     "POST /v1/devices/{device_id}/reject": "o",
     "POST /v1/devices/{device_id}/revoke": "o",

@@ -32,6 +32,9 @@ BY_ITS_PARTS = {
     "server.pki_crl": "replaced as a whole, made again from the list",
     "server.pki_certificate": "replaced as a whole by an operator's command",
     "server.enrolment": "one file a device, replaced as a whole",
+    "server.store.expected": "one transaction of an operator's command, which is given again",
+    "operator.enrolment_tokens": "an operator's command, given again",
+    "operator.inventory": "the same",
     "server.restore": "prepared beside the state in use; a mark tells that places are changed",
     "server.restore.done": "a command, given again; the server refuses to start in between",
     "agent.local": "a round that a person tries out; begun again by hand",
@@ -53,6 +56,9 @@ BY_ITS_PARTS = {
 
 BY_HAND = {
     "edge_agent.capability.measure_disk": "measures the disk, keeps nothing",
+    "edge_agent.doctor_child.first_to_die": "a switch of the kernel",
+    "edge_agent.doctor_child.take": "the same",
+    "edge_agent.doctor_limit._in_own_group": "the same",
     "edge_agent.enroll._Place.locked": "a lock file",
     "edge_agent.model_cache.set_aside": "takes a name away; what lies there is checked again",
     "edge_agent.onnx_runtime.export": "a model to be timed, thrown away",
