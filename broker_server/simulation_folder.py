@@ -63,6 +63,7 @@ class SimulationState(BaseModel):
         estimates: what the server learned of each device.
         strategy_state: tensors that the strategy keeps between rounds.
         caches: what each virtual device has cached.
+        residuals: what a coarse codec left out of each virtual device's updates.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,6 +76,7 @@ class SimulationState(BaseModel):
     estimates: dict[str, CapacityEstimate] = {}
     strategy_state: BlobRef | None = None
     caches: dict[str, VirtualCache] = {}
+    residuals: dict[str, BlobRef] = {}
     status: RunStatus = RunStatus.RUNNING
     reason: str = ""
 

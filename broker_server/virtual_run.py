@@ -30,6 +30,7 @@ from broker_server.strategies import saved_state
 from broker_server.update_bytes import new_adapter, problem_with
 from broker_server.virtual_cache import VirtualCache
 from broker_server.virtual_fleet import Conditions, ModelCost, VirtualFleet
+from broker_server.virtual_residuals import VirtualResiduals
 from wire_protocol.errors import LegendError
 from wire_protocol.lora import Codec
 from wire_protocol.messages import RoundStart, UpdateManifest
@@ -91,6 +92,7 @@ class VirtualRun:
         self._outgoing: list[events.SendAssignment] = []
         self._updates: dict[str, bytes] = {}
         self._caches = dict(state.caches)
+        self._residuals = VirtualResiduals(testbed.blobs, state.residuals)
         self._scores: tuple[Score, Score | None] | None = None
 
     def run(self) -> SimulationState:
@@ -190,8 +192,7 @@ class VirtualRun:
         cuts = stored_cuts(
             blobs,
             new.data,
-            self._testbed.cost.shape.layer_count,
-            self._coordinator.plan.prefix,
+            self._coordinator.plan,
             next_round=action.round_number + 1,
         )
         return events.RoundAggregated(adapter, new.findings, epsilon, cuts)
@@ -223,6 +224,7 @@ class VirtualRun:
             "estimates": estimates,
             "strategy_state": self._strategy_state(),
             "caches": dict(self._caches),
+            "residuals": self._residuals.commit(),
         }
         self._commit(before.model_copy(update=changes))
 
@@ -292,6 +294,7 @@ class VirtualRun:
             adapter=read(start.adapter.sha256),
             below=read(below.sha256) if below else None,
             cache=self._caches.get(device_id, VirtualCache()).of(version),
+            residual=self._residuals.of(device_id),
         )
 
     def _lost_at(self, action: events.SendAssignment) -> float | None:
@@ -309,6 +312,8 @@ class VirtualRun:
         when = self._now + trained.duration_s
         if trained.cache is not None:
             self._caches[assignment.device_id] = trained.cache
+        if trained.residual is not None:
+            self._residuals.keep(assignment.device_id, trained.residual)
         device_id, start = assignment.device_id, assignment.start
         if trained.failure is not None or trained.report is None:
             code, detail = trained.failure or ("internal", "no report")
@@ -335,4 +340,5 @@ class VirtualRun:
 
 def _blobs_of(state: SimulationState) -> set[str]:
     refs = (state.checkpoint.adapter, state.strategy_state)
-    return {ref.sha256 for ref in refs if ref is not None} | state.checkpoint.prefix.blobs()
+    kept = {ref.sha256 for ref in (*refs, *state.residuals.values()) if ref is not None}
+    return kept | state.checkpoint.prefix.blobs()

@@ -13,6 +13,7 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -122,10 +123,8 @@ def current_capability(
 ) -> CapabilityProfile:
     """The last benchmark that still holds, with today's budgets; else without one."""
     plain = plain_capability(device, state, trainer_pid=trainer_pid)
-    cached = _last_benchmark(state)
-    if cached is None or cached.compute is None:
-        return plain
-    if cached.fingerprint != device.fingerprint(cached.compute.model_digest):
+    cached = last_benchmark(device, state)
+    if cached is None:
         return plain
     return cached.model_copy(
         update={
@@ -135,6 +134,14 @@ def current_capability(
             "throttled": plain.throttled,
         }
     )
+
+
+def last_benchmark(device: Device, state: StateDir) -> CapabilityProfile | None:
+    """The last benchmark, if it still holds; asks no sensor, so its budgets are of that time."""
+    cached = _benchmark_on_disk(state)
+    if cached is None or cached.compute is None:
+        return None
+    return cached if cached.fingerprint == device.fingerprint(cached.compute.model_digest) else None
 
 
 def describe_datasets(settings: AgentSettings) -> dict[str, DatasetReport]:
@@ -185,7 +192,7 @@ def _cache_file(state: StateDir) -> Path:
     return state.cache / "benchmark.json"
 
 
-def _last_benchmark(state: StateDir) -> CapabilityProfile | None:
+def _benchmark_on_disk(state: StateDir) -> CapabilityProfile | None:
     path = _cache_file(state)
     try:
         return CapabilityProfile.model_validate_json(path.read_bytes())
@@ -196,7 +203,9 @@ def _last_benchmark(state: StateDir) -> CapabilityProfile | None:
         return None
 
 
+@cache
 def _version(package: str) -> str | None:
+    # Every round asks; reading it anew takes milliseconds, and what is loaded does not change.
     try:
         return version(package)
     except PackageNotFoundError:

@@ -17,7 +17,7 @@ import structlog
 
 from edge_agent.admission import AdmissionRequest, Admitted, MemoryModel, admit
 from edge_agent.blobs import BlobClient
-from edge_agent.capability import Device, current_capability
+from edge_agent.capability import Device, last_benchmark
 from edge_agent.policy_watch import PolicyWatch
 from edge_agent.power_meter import energy_of
 from edge_agent.round_directory import (
@@ -31,14 +31,11 @@ from edge_agent.state_dir import StateDir, write_durably
 from edge_agent.trainer import Trainer, TrainerProgress
 from wire_protocol.durable import move_into_place
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.lora import Codec, LoraConfig
+from wire_protocol.lora import BYTES_PER_VALUE, LoraConfig
 from wire_protocol.messages import Progress, RoundStart, UpdateManifest
 from wire_protocol.parts import BlobRef, StepReport
 
 log = structlog.get_logger()
-
-CODEC_SHARE = {Codec.FP32: 1.0, Codec.FP16: 0.5, Codec.INT8: 0.25, Codec.INT4: 0.12}
-"""Bytes of an update over those of the same tensors in fp32, as the global adapter has them."""
 
 DOWNLOAD_FILE = "download.json"
 
@@ -221,12 +218,14 @@ def _budget_bytes(shop: Workshop) -> int:
 
 def _upload_estimate_s(shop: Workshop, start: RoundStart) -> float:
     """Time to keep for the upload, so that stopping in time means arriving in time."""
-    link = current_capability(shop.device, shop.state).link
+    measured = last_benchmark(shop.device, shop.state)
+    link = measured.link if measured else None
     if link is None:
         return 0.0
     # With a prefix the adapter holds no more than what is trained.
     trained = 1.0 if start.prefix else start.lora.depth / start.lora.layer_count
-    share = trained * CODEC_SHARE[start.recipe.codec]
+    codecs = start.recipe.codec, start.recipe.adapter_codec
+    share = trained * BYTES_PER_VALUE[codecs[0]] / BYTES_PER_VALUE[codecs[1]]
     return start.adapter.size_bytes * share / link.up_bytes_per_s + 4 * link.round_trip_s
 
 
@@ -242,7 +241,8 @@ def _dataset(shop: Workshop, name: str) -> DatasetSettings:
 def _admit(shop: Workshop, start: RoundStart) -> Admitted:
     """Fit the assignment into this device's memory; unmeasured devices try as told."""
     recipe = start.recipe
-    compute = current_capability(shop.device, shop.state).compute
+    measured = last_benchmark(shop.device, shop.state)
+    compute = measured.compute if measured else None
     if compute is None or compute.model_digest != start.model_digest:
         return Admitted(
             batch_size=recipe.batch_size,
