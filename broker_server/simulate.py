@@ -36,7 +36,7 @@ from broker_server.simulated_training import TrainedUpdate, TrainingData, quiet_
 from broker_server.simulation_folder import Score, SimulationFolder, SimulationState, report_of
 from broker_server.simulation_plots import write_simulation_plot
 from broker_server.simulation_spec import SimulationSpec, find_base_model
-from broker_server.simulation_trainers import hire
+from broker_server.simulation_trainers import Trainers, hire
 from broker_server.strategies import (
     RoundOutcome,
     Strategy,
@@ -75,6 +75,7 @@ def simulate(
     out: Path,
     *,
     processes: int = 1,
+    engine: Callable[[TrainingData], Trainers] | None = None,
     pictures: bool = True,
     prefix_dir: Path | None = None,
     watch: Callable[[SimulationState], object] = lambda _state: None,
@@ -85,6 +86,7 @@ def simulate(
         spec: what to simulate.
         out: the run's folder; made if needed.
         processes: that train; the results do not depend on it.
+        engine: hires others than processes on this machine; the results do not depend on it.
         pictures: draw the finished run; takes seconds.
         prefix_dir: where hidden states of frozen layers are kept, in the run's
             folder by default; runs may share one, the results do not depend on it.
@@ -108,7 +110,7 @@ def simulate(
         watch(reached)
 
     data = _training_data(spec, scene, prefix_dir or out / PREFIX_FOLDER)
-    with hire(data, processes=processes) as trainers:
+    with engine(data) if engine else hire(data, processes=processes) as trainers:
         testbed = Testbed(
             run=scene.run,
             cost=scene.cost,

@@ -37,15 +37,41 @@ from wire_protocol.command_line import echo_json
     show_default=True,
     help="Processes that train; the result does not depend on it.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where they run: on this machine, or on a Ray cluster.",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Of a Ray cluster that runs; default: one is started on this machine.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def simulate(
-    file: Path, overrides: tuple[str, ...], out: Path | None, *, workers: int, as_json: bool
+    file: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    *,
+    workers: int,
+    engine: str,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """Train for real on a virtual fleet with a virtual clock.
 
     A simulation that was interrupted goes on where it stood: run the same
     command again. Exit code: 0 finished, 1 failed.
     """
+    if address and engine != "ray":
+        raise click.UsageError("--address belongs to --engine ray")
+    hired = None
+    if engine == "ray":
+        from broker_server.ray_trainers import ray_engine
+
+        hired = ray_engine(count=workers, address=address)
     from broker_server.simulation_spec import load_simulation_spec
 
     spec = load_simulation_spec(file, overrides)
@@ -56,7 +82,7 @@ def simulate(
     from broker_server.simulation_progress import show_progress
 
     with show_progress(spec) as watch:
-        state = run_simulation(spec, folder, processes=workers, watch=watch)
+        state = run_simulation(spec, folder, processes=workers, engine=hired, watch=watch)
     if as_json:
         from broker_server.run_folder import summary
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Protocol
 
 from typing_extensions import Self
@@ -38,12 +37,7 @@ class Trainers(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
 
 
 def hire(data: TrainingData, *, processes: int) -> Trainers:
@@ -68,12 +62,7 @@ class TrainerHere:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         return None
 
 
@@ -122,12 +111,7 @@ class TrainerProcesses:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         while not self._free.empty():
             self._free.get().close()
         for process in self._processes:
@@ -136,20 +120,34 @@ class TrainerProcesses:
             process.join()
 
 
+class WillingTrainer:
+    """A trainer in a process of its own, which answers whatever goes wrong.
+
+    Args:
+        data: what to train on; read at the first assignment.
+    """
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+        self._trainer: SimulatedTrainer | None = None
+
+    def train(self, assignment: VirtualAssignment) -> TrainedUpdate | str:
+        """What came of it, or in one line why the data cannot be used."""
+        try:
+            self._trainer = self._trainer or SimulatedTrainer(self._data)
+            return self._trainer.train(assignment)
+        except LegendError as error:
+            return str(error)
+
+
 def serve(pipe: Connection, data: TrainingData) -> None:
     """A trainer process: answer assignments until the pipe ends."""
     # Ctrl-C reaches the whole group; the parent decides, and closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    trainer: SimulatedTrainer | None = None
+    trainer = WillingTrainer(data)
     while True:
         try:
             assignment: VirtualAssignment = pipe.recv()
         except (EOFError, OSError):
             return
-        answer: TrainedUpdate | str
-        try:
-            trainer = trainer or SimulatedTrainer(data)
-            answer = trainer.train(assignment)
-        except LegendError as error:
-            answer = str(error)
-        pipe.send(answer)
+        pipe.send(trainer.train(assignment))

@@ -112,7 +112,7 @@ def attach(
     parameters = {**_lora_parameters(base, applied), **_head(base)}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(prefix[name]))
+            parameter.copy_(torch.tensor(prefix[name]))  # a copy: torch wants what it may write
             parameter.requires_grad_(requires_grad=name in assigned)
     lora = {name: parameters[name] for name in assigned if layer_of(name) is not None}
     head = {name: parameters[name] for name in assigned if layer_of(name) is None}

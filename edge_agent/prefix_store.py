@@ -21,8 +21,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 DISK_SHARE = 0.25
 """Most of the disk that the cache may take, of what is free without it."""
@@ -145,12 +144,7 @@ class Shelf:
     def __enter__(self) -> Shelf:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _open(self) -> None:

@@ -388,13 +388,13 @@ class Session:
         return [PostUnmeasured(unmeasured), *self._next_work()]
 
     def _work_failed(self, event: WorkFailed) -> list[Action]:
-        wanted = not self._cancelled
-        self.working_on = None
+        wanted, self.working_on = not self._cancelled, None
         self._given_up.append(event.assignment_id)
         following = self._next_work()
         if not wanted:
             return following  # the server gave it up itself and expects no answer
-        failure = Failure(
-            assignment_id=event.assignment_id, code=event.code, detail=event.detail[:500]
-        )
-        return [PostFailure(failure), *following]
+        why = event.detail[:500]
+        failure = Failure(assignment_id=event.assignment_id, code=event.code, detail=why)
+        # Less is free than the server thinks: it must know before it assigns again.
+        births = event.code is FailureCode.OUT_OF_MEMORY and self.connected
+        return [*([PublishBirth()] if births else []), PostFailure(failure), *following]

@@ -8,20 +8,21 @@ A device holds row j if it trained the layer with a rank above j. Rows without
 holder keep their value bit for bit. With equal base this is eq. 5's mean of
 factors, because every update is a delta against the same adapter.
 
-Memory is one adapter in float64, however many devices report. Sums are kept
+Memory is one adapter in float64 and one tensor, however many devices report. Sums are kept
 in float64, so the order of arrival can change at most the last bit of a
 float32 result; add updates in the order of device_id to get the same bits again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.strategy import Adapter
-from broker_server.strategies.updates import Allowed, UpdateCheck, rank_axis
+from broker_server.strategies.updates import Allowed, UpdateCheck, held_rank, rank_axis
 
 
 class ServerStep(Protocol):
@@ -59,7 +60,7 @@ class PlainStep:
         held: NDArray[np.bool_],  # noqa: ARG002 - the mean is zero where nobody held a row
     ) -> NDArray[np.float64]:
         """See ``ServerStep.moved``."""
-        return old + self._learning_rate * mean
+        return old + (mean if self._learning_rate == 1.0 else self._learning_rate * mean)
 
 
 class HolderMean:
@@ -96,8 +97,9 @@ class HolderMean:
         self._by_steps = by_steps
         self._most_steps = 1
         self._check = UpdateCheck(global_adapter, allowed)
-        self._sums = {name: np.zeros(old.shape) for name, old in global_adapter.items()}
-        self._weights = {name: _row_weights(name, old) for name, old in global_adapter.items()}
+        self._sums = _zeros_like(global_adapter)
+        self._shares: dict[str, dict[int, float]] = {name: {} for name in global_adapter}
+        self._scratch = _Scratch()
 
     def add(self, device_id: str, update: Adapter, *, weight: float, steps: int) -> None:
         """Add one update; see ``Aggregation.add``.
@@ -110,10 +112,15 @@ class HolderMean:
         share = factor * counted_steps
         self._most_steps = max(self._most_steps, counted_steps)
         for name, delta in update.items():
-            held = tuple(slice(size) for size in delta.shape)
-            self._sums[name][held] += np.multiply(delta, factor, dtype=np.float64)
-            # Axes of length 1 broadcast: slicing them by a longer delta is harmless.
-            self._weights[name][held] += share
+            total = self._sums[name]
+            if delta.shape != total.shape:
+                total = total[tuple(slice(size) for size in delta.shape)]
+            # Two steps: NumPy is slow at converting and multiplying at once.
+            weighted = self._scratch.filled(delta)
+            weighted *= factor
+            total += weighted
+            shares, rank = self._shares[name], held_rank(name, delta.shape)
+            shares[rank] = shares.get(rank, 0.0) + share
 
     def admit(
         self, device_id: str, update: Adapter, *, weight: float, steps: int
@@ -130,10 +137,13 @@ class HolderMean:
         """The new global adapter, with the names and shapes of the old one."""
         new: dict[str, NDArray[np.float32]] = {}
         for name, old in self._old.items():
-            weight = self._weights[name]
-            mean = np.zeros(old.shape)
-            np.divide(self._sums[name] * self._most_steps, weight, out=mean, where=weight > 0)
-            new[name] = self.follow(name, mean, weight > 0)
+            weight = _row_weights(name, old.shape, self._shares[name])
+            held = weight > 0
+            # Where nobody held a row the sum is zero, and stays so divided by anything.
+            mean = self._sums[name] / np.where(held, weight, 1.0)
+            if self._by_steps:
+                mean *= self._most_steps
+            new[name] = self.follow(name, mean, held)
         return new
 
     def follow(
@@ -149,7 +159,52 @@ class HolderMean:
         return self._step.moved(name, self._old[name], mean, held).astype(np.float32)
 
 
-def _row_weights(name: str, old: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Zeros that broadcast against the tensor: its length along the rank axis, else 1."""
+class _Scratch:
+    """Memory for one tensor in float64, used again for the next: it then stays in the cache."""
+
+    def __init__(self) -> None:
+        self._values = np.empty(0)
+        self._views: dict[tuple[int, ...], NDArray[np.float64]] = {}
+
+    def filled(self, tensor: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The tensor in float64; good until the next call."""
+        if tensor.size > self._values.size:
+            self._values = np.empty(tensor.size)
+            self._views.clear()
+        view = self._views.get(tensor.shape)
+        if view is None:
+            view = self._values[: tensor.size].reshape(tensor.shape)
+            self._views[tensor.shape] = view
+        view[...] = tensor
+        return view
+
+
+def _zeros_like(adapter: Adapter) -> dict[str, NDArray[np.float64]]:
+    """A zero per value, all in one piece: the system hands out large pieces faster."""
+    values = np.zeros(sum(tensor.size for tensor in adapter.values()))
+    zeros: dict[str, NDArray[np.float64]] = {}
+    begin = 0
+    for name, tensor in adapter.items():
+        zeros[name] = values[begin : begin + tensor.size].reshape(tensor.shape)
+        begin += tensor.size
+    return zeros
+
+
+def _row_weights(
+    name: str, shape: tuple[int, ...], shares: Mapping[int, float]
+) -> NDArray[np.float64]:
+    """Sum of the weights that hold each rank row, shaped to broadcast against the tensor.
+
+    Args:
+        name: of the tensor.
+        shape: of the tensor.
+        shares: sum of the weights by the rank that was held: ranks nest.
+    """
+    if list(shares) == [held_rank(name, shape)]:
+        return np.full((1,) * len(shape), shares[held_rank(name, shape)])
     axis = rank_axis(name)
-    return np.zeros(tuple(size if i == axis else 1 for i, size in enumerate(old.shape)))
+    weights = np.zeros(tuple(size if i == axis else 1 for i, size in enumerate(shape)))
+    rows = weights.reshape(-1)
+    for rank, share in sorted(shares.items()):
+        rows[:rank] += share
+    return weights

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from broker_server.strategies.defence import Defence, Finding, Verdict
 from broker_server.strategies.strategy import Adapter
-from broker_server.strategies.update_sizes import PRODUCT, UpdateSizes, block_of, measure
-from broker_server.strategies.updates import UpdateCheck, rank_axis
+from broker_server.strategies.update_sizes import PRODUCT, Ruler, UpdateSizes, block_of
+from broker_server.strategies.updates import UpdateCheck, held_rank, rank_axis
 from wire_protocol.errors import ProtocolError
 
 LEAST_SAMPLE = 3
@@ -39,11 +39,14 @@ class Review:
         self._rule = defence.rule
         self._old = global_adapter
         self._check = UpdateCheck(global_adapter)
+        self._ruler = Ruler(global_adapter)
         self._sizes: dict[str, UpdateSizes] = {}
         self._weights: dict[str, float] = {}
         self._malformed: dict[str, str] = {}
         self._usual: dict[str, float] | None = None
-        self._holders = {name: np.zeros(_rows(name, old)) for name, old in global_adapter.items()}
+        self._holders = {
+            name: np.zeros(held_rank(name, old.shape)) for name, old in global_adapter.items()
+        }
         self._counted = 0
 
     def look(self, device_id: str, update: Adapter, *, weight: float, steps: int) -> None:
@@ -53,7 +56,7 @@ class Review:
         except ProtocolError as error:
             self._malformed[device_id] = str(error)
             return
-        self._sizes[device_id] = measure(self._old, update, steps=steps)
+        self._sizes[device_id] = self._ruler.measure(update, steps=steps)
         self._weights[device_id] = weight
 
     def judge(self, device_id: str) -> Verdict:
@@ -77,7 +80,7 @@ class Review:
         """Note which rows a counted update holds."""
         self._counted += 1
         for name, delta in update.items():
-            self._holders[name][: _rows(name, delta)] += 1
+            self._holders[name][: held_rank(name, delta.shape)] += 1
 
     def settled(self, new: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Pull rows with few holders toward their old value, and remember the round."""
@@ -192,9 +195,3 @@ def _below(scale: float) -> float:
 
 def _kind(block: str) -> str:
     return block.rpartition(".")[2]
-
-
-def _rows(name: str, values: NDArray[np.float32]) -> int:
-    """Rank rows of a tensor; the head is one row."""
-    axis = rank_axis(name)
-    return 1 if axis is None else values.shape[axis]

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_server.strategies.norm_mean import product_norm
 from broker_server.strategies.strategy import Adapter
 from broker_server.strategies.updates import rank_axis
 
 HEAD = "head"
 PRODUCT = "product"
+
+_Gram = NDArray[np.float64]
 
 STEPS_POWER = 0.75
 """How an update grows with its steps: between noise (1/2) and drift (1). A cohort in
@@ -82,24 +83,49 @@ class UpdateSizes:
         return parts.bound() / math.sqrt(parts.values) / self.pace
 
 
-def measure(old: Adapter, update: Adapter, *, steps: int) -> UpdateSizes:
-    """Measure an update that fits the global adapter.
+class Ruler:
+    """Measures updates against one global adapter.
+
+    Norms of products come from Gram matrices of rank size, the adapter's reckoned once:
+    ||B A||^2 = sum of (B^T B) * (A A^T), and a smaller rank has the first rows and columns.
 
     Args:
         old: the global adapter.
-        update: deltas against it.
-        steps: local steps behind the update; at least one.
     """
-    pace = float(steps) ** STEPS_POWER
-    squares: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for name, delta in update.items():
-        block = block_of(name)
-        squares[block] = squares.get(block, 0.0) + _sum_of_squares(delta)
-        counts[block] = counts.get(block, 0) + delta.size
-    blocks = {block: math.sqrt(squares[block] / counts[block]) / pace for block in squares}
-    products = {module: _product_parts(old, update, module) for module in modules_in(update)}
-    return UpdateSizes(blocks, products, pace)
+
+    def __init__(self, old: Adapter) -> None:
+        self._shapes = {name: values.shape for name, values in old.items()}
+        self._grams = {n: _gram(n, values) for n, values in old.items() if rank_axis(n) is not None}
+
+    def measure(self, update: Adapter, *, steps: int) -> UpdateSizes:
+        """Measure an update that fits the global adapter.
+
+        Args:
+            update: deltas against it.
+            steps: local steps behind the update; at least one.
+        """
+        pace = float(steps) ** STEPS_POWER
+        grams = {name: _gram(name, update[name]) for name in update if rank_axis(name) is not None}
+        squares: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for name, delta in update.items():
+            block, gram = block_of(name), grams.get(name)
+            square = _sum_of_squares(delta) if gram is None else float(np.trace(gram))
+            squares[block] = squares.get(block, 0.0) + square
+            counts[block] = counts.get(block, 0) + delta.size
+        blocks = {block: math.sqrt(squares[block] / counts[block]) / pace for block in squares}
+        products = {module: self._product_parts(grams, module) for module in modules_in(update)}
+        return UpdateSizes(blocks, products, pace)
+
+    def _product_parts(self, grams: Mapping[str, _Gram], module: str) -> ProductParts:
+        down_name, up_name = f"{module}.lora_A", f"{module}.lora_B"
+        new_down, new_up = grams.get(down_name), grams.get(up_name)
+        return ProductParts(
+            by_b=_norm_of(new_up, self._grams[down_name]),
+            by_a=_norm_of(self._grams[up_name], new_down),
+            by_both=_norm_of(new_up, new_down),
+            values=self._shapes[up_name][0] * self._shapes[down_name][1],
+        )
 
 
 def block_of(name: str) -> str:
@@ -119,28 +145,20 @@ def whole_norm(update: Mapping[str, NDArray[np.floating[Any]]]) -> float:
 
 
 def _sum_of_squares(values: NDArray[np.floating[Any]]) -> float:
-    return float(np.sum(np.square(values, dtype=np.float64)))
+    vector = values.astype(np.float64, copy=False).ravel()
+    return float(vector.dot(vector))
 
 
-def _product_parts(old: Adapter, update: Adapter, module: str) -> ProductParts:
-    down_name, up_name = f"{module}.lora_A", f"{module}.lora_B"
-    rank = update[down_name].shape[0] if down_name in update else update[up_name].shape[1]
-    down = old[down_name][:rank].astype(np.float64)
-    up = old[up_name][:, :rank].astype(np.float64)
-    new_down = _delta(update, down_name, down)
-    new_up = _delta(update, up_name, up)
-    return ProductParts(
-        by_b=_norm_of(new_up, down),
-        by_a=_norm_of(up, new_down),
-        by_both=_norm_of(new_up, new_down),
-        values=up.shape[0] * down.shape[1],
-    )
+def _gram(name: str, factor: NDArray[np.float32]) -> _Gram:
+    """(rank, rank) in float64, which no float32 can overflow: A A^T or B^T B."""
+    values = factor.astype(np.float64)
+    return values @ values.T if rank_axis(name) == 0 else values.T @ values
 
 
-def _delta(update: Adapter, name: str, like: NDArray[np.float64]) -> NDArray[np.float64]:
-    return update[name].astype(np.float64) if name in update else np.zeros_like(like)
-
-
-def _norm_of(up: NDArray[np.float64], down: NDArray[np.float64]) -> float:
-    """Frobenius norm of ``up @ down`` from two Gram matrices of rank size."""
-    return product_norm({"m.lora_A": down, "m.lora_B": up})
+def _norm_of(up: _Gram | None, down: _Gram | None) -> float:
+    """Frobenius norm of a product from its factors' Gram matrices; a missing factor is zero."""
+    if up is None or down is None:
+        return 0.0
+    rank = min(len(up), len(down))
+    # Rounding can leave a tiny negative sum where the product is zero.
+    return math.sqrt(max(float(np.vdot(up[:rank, :rank], down[:rank, :rank])), 0.0))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from broker_server.strategies.strategy import Adapter
 from wire_protocol.errors import ProtocolError
+from wire_protocol.tensors import not_finite
 
 Allowed = Literal["any", "pairs", "B", "one"]
 """Factors that updates may hold: any; A and B of a module together; only B; one of
@@ -28,7 +29,8 @@ class UpdateCheck:
     """
 
     def __init__(self, global_adapter: Adapter, allowed: Allowed = "any") -> None:
-        self._old = global_adapter
+        self._shapes = {name: values.shape for name, values in global_adapter.items()}
+        self._partners = {name: _partner(name) for name in global_adapter}
         self._allowed = allowed
         self._devices: set[str] = set()
         self._factor = "lora_B" if allowed == "B" else None
@@ -48,6 +50,9 @@ class UpdateCheck:
             self._check_tensor(device_id, name, delta)
         for name in update:
             self._check_pair(device_id, name, update)
+        bad = not_finite(update)
+        if bad is not None:
+            raise ProtocolError(f"{bad} of device {device_id} holds values that are not finite")
         factor = self._checked_factor(device_id, update)
         if not (math.isfinite(weight) and weight > 0 and steps >= 1):
             raise ProtocolError(
@@ -58,21 +63,20 @@ class UpdateCheck:
         self._devices.add(device_id)
 
     def _check_tensor(self, device_id: str, name: str, delta: NDArray[np.float32]) -> None:
-        if name not in self._old:
+        expected = self._shapes.get(name)
+        if expected is None:
             raise ProtocolError(f"update of device {device_id} has unknown {name[:80]!r}")
-        old = self._old[name].shape
-        if not _nests(name, delta.shape, old):
+        if delta.shape != expected and not _nests(name, delta.shape, expected):
             raise ProtocolError(
-                f"{name} of device {device_id} has shape {delta.shape}, expected {old}"
+                f"{name} of device {device_id} has shape {delta.shape}, expected {expected}"
                 " or fewer ranks"
             )
-        if not np.isfinite(delta).all():
-            raise ProtocolError(f"{name} of device {device_id} holds values that are not finite")
 
     def _check_pair(self, device_id: str, name: str, update: Adapter) -> None:
-        if not name.endswith(("lora_A", "lora_B")):
+        partner_name = self._partners[name]
+        if partner_name is None:
             return
-        partner = update.get(name[:-1] + ("B" if name.endswith("A") else "A"))
+        partner = update.get(partner_name)
         axis = rank_axis(name) or 0
         if partner is None and self._allowed == "pairs":
             raise ProtocolError(f"update of device {device_id} holds {name} without its partner")
@@ -100,6 +104,19 @@ def rank_axis(name: str) -> int | None:
     if name.endswith("lora_A"):
         return 0
     return 1 if name.endswith("lora_B") else None
+
+
+def held_rank(name: str, shape: tuple[int, ...]) -> int:
+    """Rank rows of a tensor of this shape; the head is one row."""
+    axis = rank_axis(name)
+    return 1 if axis is None else shape[axis]
+
+
+def _partner(name: str) -> str | None:
+    """The other factor of a module; None for the head."""
+    if rank_axis(name) is None:
+        return None
+    return name[:-1] + ("B" if name.endswith("A") else "A")
 
 
 def _nests(name: str, part: tuple[int, ...], whole: tuple[int, ...]) -> bool:

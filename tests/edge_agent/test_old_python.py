@@ -28,7 +28,15 @@ TRAINER = (
     "trainer_child",
     "warm_trainer",
 )
-CONTRACT = ("durable", "errors", "lora", "model_family", "records", "tensors")
+CONTRACT = (
+    "durable",
+    "errors",
+    "lora",
+    "model_family",
+    "records",
+    "safetensors_bytes",
+    "tensors",
+)
 MODULES = [f"edge_agent.{name}" for name in TRAINER] + [
     f"wire_protocol.{name}" for name in CONTRACT
 ]

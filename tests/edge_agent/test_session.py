@@ -127,6 +127,15 @@ def test_a_failure_is_posted_and_the_same_order_is_refused_afterwards() -> None:
     assert (answer.status, answer.code) == ("rejected", "given_up")
 
 
+def test_a_device_that_ran_out_of_memory_says_anew_how_much_it_has_before_it_fails() -> None:
+    talk = Conversation()
+    talk.tell(Connected(3))
+    talk.order(FIRST)
+    birth, post = talk.fail(FIRST)
+    assert birth == PublishBirth()
+    assert isinstance(post, PostFailure)
+
+
 def test_a_newer_assignment_stops_the_older_one_and_waits_for_it_to_end() -> None:
     talk = Conversation()
     talk.order(FIRST)

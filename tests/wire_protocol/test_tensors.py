@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from wire_protocol.errors import ProtocolError
 from wire_protocol.lora import Codec
 from wire_protocol.model_family import adapter_shapes, model_shape
-from wire_protocol.tensors import check_shapes, decode, encode
+from wire_protocol.tensors import check_shapes, decode, encode, not_finite
 
 CONFIG = {"model_type": "bert", "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}
 SHAPES = adapter_shapes(model_shape(CONFIG), (0, 2, 4), 3)
@@ -142,8 +142,26 @@ def test_a_value_that_is_not_finite_is_never_read() -> None:
         decode(data)
 
 
+@given(st.integers(0, 10**6), st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(place: int, bad: float) -> None:
+    adapter = an_adapter(scale=1e25)  # squares overflow: the sum alone cannot tell
+    assert not_finite(adapter) is None
+    name = sorted(adapter)[place % len(adapter)]
+    adapter[name].flat[place % adapter[name].size] = bad
+    assert not_finite(adapter) == name
+
+
+def test_what_was_decoded_cannot_lose_its_finite_values() -> None:
+    for codec in Codec:
+        read = decode(encode(an_adapter(), codec))
+        with pytest.raises(ValueError, match="read-only"):
+            read["head.bias"][0] = np.nan
+        with pytest.raises(TypeError, match="make a new adapter"):
+            read["head.bias"] = np.array([np.nan], np.float32)
+
+
 def test_another_dtype_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="float64"):
+    with pytest.raises(ProtocolError, match="F64"):
         decode(save({"head.bias": np.zeros(3)}))
 
 

@@ -24,7 +24,7 @@ from broker_server.strategies.protected import (
 from broker_server.strategies.review import Review
 from broker_server.strategies.robust_mean import RobustMean
 from broker_server.strategies.strategy import Adapter
-from broker_server.strategies.update_sizes import measure, whole_norm
+from broker_server.strategies.update_sizes import Ruler, whole_norm
 from tests.support.capacities import RANKS, UPDATES, Tensors, assert_close, nested_ranks, tensors
 from wire_protocol.errors import ConfigError
 
@@ -88,8 +88,11 @@ def test_clipping_never_makes_an_update_larger(updates: list[tuple[Tensors, floa
         assert after.keys() == before.keys()
         for name in before:
             assert whole_norm({name: after[name]}) <= whole_norm({name: before[name]})
-        for module, parts in measure(OLD, after, steps=10).products.items():
-            assert parts.bound() <= measure(OLD, before, steps=10).products[module].bound() + 1e-9
+        for module, parts in Ruler(OLD).measure(after, steps=10).products.items():
+            assert (
+                parts.bound()
+                <= Ruler(OLD).measure(before, steps=10).products[module].bound() + 1e-9
+            )
 
 
 @given(st.integers(0, 99), nested_ranks(), st.lists(st.integers(1, 500), min_size=3, max_size=8))
@@ -173,7 +176,7 @@ def test_the_norm_of_a_product_needs_no_product(seed: int, other: int, rank: int
     up, down = up[:, :rank], down[:rank]
     new_up, new_down = (update[f"layers.2.q.lora_{f}"].astype(np.float64) for f in "BA")
 
-    parts = measure(old, update, steps=1).products["layers.2.q"]
+    parts = Ruler(old).measure(update, steps=1).products["layers.2.q"]
 
     exact = [np.linalg.norm(m) for m in (new_up @ down, up @ new_down, new_up @ new_down)]
     assert [parts.by_b, parts.by_a, parts.by_both] == pytest.approx(exact, rel=1e-6)
