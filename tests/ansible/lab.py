@@ -1,14 +1,15 @@
 """Throw-away hosts for provisioning tests: systemd as PID 1, sshd, an address, memory limits.
 
 Each host is a ``systemd-nspawn`` container over an overlay on one debootstrapped base, on a private
-bridge, in a cgroup of its own that is as large as the board it pretends to be. What this cannot
-show: ARM, a GPU, a real JetPack, a reboot, a host that has cgroup v2 only.
+bridge, in a cgroup of its own that is as large as the board it pretends to be. It can be rebooted,
+and its power be cut. What this cannot show: ARM, a GPU, a real JetPack, another kernel, cgroup v2.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import yaml
 BRIDGE = "legendlab0"
 NETWORK = "10.78.0"
 CGROUPS = Path("/sys/fs/cgroup")
+FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 CONTROLLERS = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids")
+PATHS = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 PROGRAMS = ("systemd-nspawn", "debootstrap", "ip", "iptables", "ssh-keygen", "nsenter")
 PACKAGES = (
     "systemd,systemd-sysv,dbus,openssh-server,python3,python3-venv,python3-apt,sudo,"
@@ -67,12 +70,14 @@ class Host:
     Attributes:
         name: at most 12 characters; its host name.
         memory_bytes: size of its cgroup, and what its ``meminfo`` says if it has a board.
+        cpus: how many processors' worth of time it gets; 0 means all.
         model: text of its device tree; empty means an ordinary computer.
         l4t: first line of ``/etc/nv_tegra_release``; empty off Jetson.
     """
 
     name: str
     memory_bytes: int
+    cpus: float = 0.0
     model: str = ""
     l4t: str = ""
 
@@ -83,9 +88,11 @@ class Lab:
 
     Args:
         folder: the base and the hosts live here; the base is kept.
+        wheels: a folder that is every host's package index, in place of the network's.
     """
 
     folder: Path
+    wheels: Path | None = None
     _nspawn: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _leaders: dict[str, int] = field(default_factory=dict)
     _hosts: list[Host] = field(default_factory=list)
@@ -132,19 +139,23 @@ class Lab:
             return
         for nspawn in self._nspawn.values():
             nspawn.terminate()
-        for name, nspawn in self._nspawn.items():
-            try:
-                nspawn.wait(20)
-            except subprocess.TimeoutExpired:
-                nspawn.kill()
-                nspawn.wait(20)
-            subprocess.run(["umount", str(self._root(name))], check=False)
-            for group in _groups(name):
-                _until(lambda group=group: _removed(group), f"{group} is gone")  # type: ignore[misc]
-        for group in {group.parent for host in self._hosts for group in _groups(host.name)}:
-            _until(lambda group=group: _removed(group), f"{group} is gone")  # type: ignore[misc]
+        for name in self._nspawn:
+            self._wait_until_off(name)
+            subprocess.run(["umount", str(self.root(name))], check=False)
+        parents = [group.parent for host in self._hosts for group in _groups(host.name)]
+        _until(lambda: all(map(_removed, parents)), "the lab's cgroups are gone")
         self._close_network()
         shutil.rmtree(self.folder / "run", ignore_errors=True)
+
+    def reboot(self, name: str) -> None:
+        """Reboot a host in order, and wait until it lets us in again."""
+        self.execute(name, "systemctl", "reboot")
+        self._power_on_again(name)
+
+    def cut_power(self, name: str) -> None:
+        """End everything on a host at once, boot it, and wait until it lets us in again."""
+        os.kill(self._leaders[name], signal.SIGKILL)
+        self._power_on_again(name)
 
     def inventory(self, groups: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
         """An inventory of these hosts: group, host, host variables."""
@@ -176,11 +187,16 @@ class Lab:
 
     def execute(self, name: str, *command: str) -> str:
         """Run a command inside a host, without ssh; its output, stripped."""
-        inside = ["nsenter", "-t", str(self._leaders[name]), "-a", "--", *command]
-        answer = subprocess.run(inside, capture_output=True, text=True, check=False)
+        answer = self.call(name, *command)
         return (answer.stdout + answer.stderr).strip()
 
-    def _root(self, name: str) -> Path:
+    def call(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """The same; how it ended, too. Nothing of this machine's environment gets in."""
+        inside = ["nsenter", "-t", str(self._leaders[name]), "-a", "--", *command]
+        return subprocess.run(inside, env=PATHS, capture_output=True, text=True, check=False)
+
+    def root(self, name: str) -> Path:
+        """The files of a host that runs, seen from here."""
         return self.folder / "run" / name / "root"
 
     def _build_base(self) -> None:
@@ -204,25 +220,41 @@ class Lab:
         self._opened = True
         _run("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
-        forward = Path("/proc/sys/net/ipv4/ip_forward")
-        self._forwarded = forward.read_text().strip() == "1"
-        forward.write_text("1\n")
+        self._forwarded = FORWARD.read_text().strip() == "1"
+        FORWARD.write_text("1\n")
         _run("iptables", "-t", "nat", "-A", *_masquerade())
 
     def _close_network(self) -> None:
         subprocess.run(["iptables", "-t", "nat", "-D", *_masquerade()], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
         if not self._forwarded:
-            Path("/proc/sys/net/ipv4/ip_forward").write_text("0\n")
+            FORWARD.write_text("0\n")
 
     def _boot(self, host: Host) -> None:
-        folder, root = self.folder / "run" / host.name, self._root(host.name)
+        folder, root = self.folder / "run" / host.name, self.root(host.name)
         upper = folder / "upper"
         for path in (upper, folder / "work", root):
             path.mkdir(parents=True)
         self._prepare(host, upper)
         layers = f"lowerdir={self.base},upperdir={upper},workdir={folder / 'work'}"
         _run("mount", "-t", "overlay", "overlay", "-o", layers, str(root))
+        self._power_on(host)
+
+    def _power_on_again(self, name: str) -> None:
+        self._wait_until_off(name)
+        self._power_on(next(host for host in self._hosts if host.name == name))
+        _until(lambda: self._lets_us_in(name), f"{name} answers")
+
+    def _wait_until_off(self, name: str) -> None:
+        nspawn = self._nspawn[name]
+        try:
+            nspawn.wait(60)
+        except subprocess.TimeoutExpired:
+            nspawn.kill()
+            nspawn.wait(20)
+        _until(lambda: all(map(_removed, _groups(name))), f"the cgroups of {name} are gone")
+
+    def _power_on(self, host: Host) -> None:
         for group in _groups(host.name):
             group.mkdir(parents=True, exist_ok=True)
             if group.is_relative_to(CGROUPS / "cpuset"):
@@ -231,13 +263,18 @@ class Lab:
                         (level / file).write_text((CGROUPS / "cpuset" / file).read_text())
         limit = CGROUPS / "memory/legendlab" / host.name / "memory.limit_in_bytes"
         limit.write_text(str(host.memory_bytes))
+        if host.cpus:
+            quota = CGROUPS / "cpu/legendlab" / host.name / "cpu.cfs_quota_us"
+            quota.write_text(str(int(host.cpus * 100_000)))
         groups = " ".join(map(str, _groups(host.name)))
         enter = f'for group in {groups}; do echo $$ >"$group/cgroup.procs"; done; exec "$@"'
-        nspawn = ["systemd-nspawn", "--quiet", "-D", str(root), f"--machine={host.name}", "--boot"]
+        root = str(self.root(host.name))
+        nspawn = ["systemd-nspawn", "--quiet", "-D", root, f"--machine={host.name}", "--boot"]
         nspawn += ["--register=no", "--keep-unit", f"--network-bridge={BRIDGE}"]
         nspawn += ["--resolv-conf=off", "--timezone=off", "--link-journal=no"]
         nspawn += ["--system-call-filter=@keyring bpf", "--kill-signal=SIGRTMIN+3"]
-        with (folder / "console.log").open("wb") as console:
+        nspawn += [f"--bind-ro={self.wheels}:/srv/wheels"] if self.wheels else []
+        with (self.folder / "run" / host.name / "console.log").open("ab") as console:
             self._nspawn[host.name] = subprocess.Popen(
                 ["sh", "-c", enter, "sh", *nspawn],
                 stdin=subprocess.DEVNULL,
@@ -256,6 +293,8 @@ class Lab:
             "etc/resolv.conf": Path("/etc/resolv.conf").read_text(),
             "home/ansible/.ssh/authorized_keys": self.key.with_suffix(".pub").read_text(),
         }
+        if self.wheels:
+            files["etc/pip.conf"] = "[global]\nno-index = true\nfind-links = /srv/wheels\n"
         if host.model:
             files["opt/fake-board/proc/device-tree/model"] = host.model + "\0"
             files["opt/fake-board/proc/meminfo"] = (
@@ -274,6 +313,11 @@ class Lab:
             path.write_text(text)
         if host.l4t:
             (upper / "usr/sbin/nvpmodel").chmod(0o755)
+        # Limits are real, whatever board the host pretends to be.
+        for name in ("proc/self", "sys/fs/cgroup"):
+            link = upper / "opt/fake-board" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(f"/{name}")
         (upper / "etc/ssh").mkdir()
         key = upper / "etc/ssh/ssh_host_ed25519_key"
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", host.name, "-f", str(key))
@@ -281,8 +325,8 @@ class Lab:
         (upper / "home/ansible/.ssh").chmod(0o700)
 
     def _wait_for_systemd(self, name: str) -> int:
-        nspawn = self._nspawn[name].pid
-        children = Path(f"/proc/{nspawn}/task/{nspawn}/children")
+        pid = self._nspawn[name].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
         _until(
             lambda: any(
                 Path(f"/proc/{pid}/root/run/systemd/private").exists()

@@ -17,6 +17,7 @@ import yaml
 from broker_server.settings import ServerSettings
 from edge_agent.settings import AgentSettings
 from edge_agent.training_policy import TrainingPolicy
+from wire_protocol.errors import ConfigError, Refused
 from wire_protocol.settings import parse_settings
 
 pytestmark = pytest.mark.ansible
@@ -193,6 +194,18 @@ def test_an_allocation_fails_before_the_kernel_kills() -> None:
     assert share < int(unit["MemoryHigh"].rstrip("%")) / 100
     assert int(unit["MemoryHigh"].rstrip("%")) < int(unit["MemoryMax"].rstrip("%"))
     assert unit["OOMPolicy"] == "continue"
+
+
+def test_an_agent_that_is_refused_or_misconfigured_keeps_its_starts() -> None:
+    unit = _unit(_render("edge_agent", "edge-agent.service.j2", **_agent_values()))
+    never = {Refused.exit_code, ConfigError.exit_code}
+    assert {int(code) for code in unit["RestartPreventExitStatus"].split()} == never
+
+
+def test_the_broker_has_the_revocation_list_before_the_server_lets_it_read_anew() -> None:
+    tasks = _yaml(ANSIBLE / "roles/fleet_ca/tasks/install.yml")
+    order = [file for task in tasks for file in task.get("loop", [])]
+    assert order.index("crl.pem") < order.index("issued.jsonl")
 
 
 def test_the_unit_names_only_groups_that_the_host_has() -> None:

@@ -41,6 +41,9 @@ def cluster_address(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[str]:
 
     # Not pytest's folder: the paths of Ray's sockets would be too long.
     folder = tempfile.mkdtemp(prefix="ray-test-")
+    # Where Ray notes the address of its newest cluster, in a folder that must be there.
+    monkeypatch_module.setenv("RAY_TMPDIR", folder)
+    Path(folder, "ray").mkdir()
     node: dict[str, Any] = {
         "num_cpus": 1,
         "object_store_memory": 80 * 2**20,
