@@ -39,7 +39,8 @@ test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots th
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
 
 trust: venv mosquitto ## The attack suite in its long form (under 20 minutes)
-	$(BIN)/python -m pytest -m trust
+	$(BIN)/python -m pytest -m trust tests/trust/test_load.py
+	$(BIN)/python -m pytest -n 2 -m trust --ignore tests/trust/test_load.py
 
 check: venv ## Format, lint, types, import contracts, generated files, dependencies
 	$(BIN)/ruff format --check .
