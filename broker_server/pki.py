@@ -278,8 +278,12 @@ class FleetPki:
 
     def complete_crl(self, now: float) -> None:
         """Write the list again if a killed process or a full disk left something out of it."""
-        if self.can_issue and not self._ledger.crl_is_complete():
+        if self.can_issue and not self.crl_is_complete():
             self.write_crl(now)
+
+    def crl_is_complete(self) -> bool:
+        """Whether the list, which is all that a broker knows, names all that is revoked."""
+        return self._ledger.crl_is_complete()
 
     def is_revoked(self, serial: int) -> bool:
         """Whether a certificate must not be accepted any more."""

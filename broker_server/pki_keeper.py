@@ -78,7 +78,8 @@ class PkiKeeper:
         # The broker knows the list alone: a session ended before it is whole would come back.
         self._pki.complete_crl(now)
         found = stamp(self._pki.pair("broker").certificate)
-        revoked = self._pki.revoked()
+        # Where the authority's key is elsewhere, its list may still be on the way here.
+        revoked = self._pki.revoked() if self._pki.crl_is_complete() else self._applied
         fresh = revoked - self._applied
         if not fresh and found == self._broker_has:
             return

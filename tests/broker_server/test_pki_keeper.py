@@ -1,7 +1,8 @@
-"""What the keeper does when the disk is full while somebody is thrown out."""
+"""When the broker is told that somebody was thrown out: not before it can know whom."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import cast
@@ -47,5 +48,28 @@ def test_the_broker_is_told_once_the_list_could_be_written(
         keeper.check(now)
         assert launcher.told == []
     keeper.check(now)
+    keeper.check(now)
+    assert launcher.told == [(["nano-1"], {serial})]
+
+
+def test_the_broker_waits_for_a_list_that_comes_from_elsewhere_after_the_journal(
+    tmp_path: Path,
+) -> None:
+    now = time.time()
+    authority = FleetPki.create(tmp_path / "elsewhere", "home", ["localhost"], now)
+    request = certificate_request(bytes(32), "nano-1")
+    serial = authority.issue_device("nano-1", request, now).serial
+    here = tmp_path / "here"
+    shutil.copytree(authority.folder, here)
+    (here / "ca.key").unlink()
+    pki = FleetPki(here)
+    launcher = Launcher(pki)
+    keeper = PkiKeeper(pki, cast("BrokerLauncher", launcher))
+    authority.revoke("nano-1", now)
+    shutil.copy(authority.folder / "issued.jsonl", here)
+    keeper.check(now)
+    assert pki.is_revoked(serial)
+    assert launcher.told == []
+    shutil.copy(authority.crl_file, here)
     keeper.check(now)
     assert launcher.told == [(["nano-1"], {serial})]
