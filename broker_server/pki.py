@@ -227,14 +227,13 @@ class FleetPki:
 
     def due(self, now: float) -> list[Service]:
         """Services whose certificate has lived two thirds of its life."""
-        found: list[Service] = []
-        for kind in SERVICES:
+
+        def is_due(kind: Service) -> bool:
             certificate = self._service_certificate(kind)
             start = certificate.not_valid_before_utc.timestamp()
-            end = certificate.not_valid_after_utc.timestamp()
-            if now >= start + (end - start) * 2 / 3:
-                found.append(kind)
-        return found
+            return now >= start + (certificate.not_valid_after_utc.timestamp() - start) * 2 / 3
+
+        return [kind for kind in SERVICES if is_due(kind)]
 
     def takeover(self, name: str, now: float) -> tuple[str, str]:
         """A certificate of a few minutes and its key, PEM, to end a client's broker session with.
@@ -301,8 +300,7 @@ class FleetPki:
             Refused: of another authority, expired, revoked, or not one of a device.
         """
         digest = hashlib.sha256(certificate_pem.encode(errors="surrogatepass")).digest()
-        identity = self._identities.get(digest)
-        if identity is None:
+        if (identity := self._identities.get(digest)) is None:
             identity = read_device_certificate(certificate_pem, self._authority)
             self._identities[digest] = identity
             if len(self._identities) > _CACHED_IDENTITIES:
@@ -389,9 +387,8 @@ class FleetPki:
 
     def _check_not_in_use(self, chosen: Sequence[IssuedCertificate]) -> None:
         for kind in SERVICES:
-            if not self.pair(kind).certificate.exists():
-                continue
-            serial = self._service_certificate(kind).serial_number
+            in_place = self.pair(kind).certificate.exists()
+            serial = self._service_certificate(kind).serial_number if in_place else None
             if serial in {record.serial for record in chosen}:
                 raise ConfigError(
                     f"{serial:x} is in use by this {kind}; issue another first "
