@@ -26,7 +26,7 @@ from broker_server import run_events as events
 from broker_server.adapter_cuts import stored_cuts
 from broker_server.blobs import BlobStore
 from broker_server.board_bounds import cross_checked
-from broker_server.coordinator import Coordinator
+from broker_server.coordinator import Coordinator, Phase
 from broker_server.delivery import CANDIDATE_FOLDER, Delivery, RunContext
 from broker_server.disk_space import until_stored
 from broker_server.evaluator import Evaluator
@@ -101,6 +101,11 @@ class RunLoop:
         self._delivery = Delivery(self.context, self.store, self.blobs, self.folder, self.on_commit)
         self._strategy_states: set[str] = set()
         self._send, self._receive = anyio.create_memory_object_stream[events.Event](math.inf)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the round of before a restart is open again; until then updates must wait."""
+        return self.coordinator.phase is not Phase.STARTING
 
     def feed(self, event: events.Event) -> None:
         """Queue an event for the loop; called from the event loop only.

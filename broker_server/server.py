@@ -296,7 +296,8 @@ class Server:
                 )
 
     def _update(self, device_id: str, message_id: str, manifest: UpdateManifest) -> None:
-        if self.runs.active is None or self.runs.active.context.run_id != manifest.run_id:
+        active = self.runs.active
+        if active is None or not active.begun or active.context.run_id != manifest.run_id:
             self._answer_early_or_late(device_id, message_id, manifest.run_id)
         elif self._counted_before(device_id, manifest):
             self.ack(device_id, Ack(re=message_id, status="ok", code="duplicate"))
@@ -304,7 +305,7 @@ class Server:
             self.ack(device_id, Ack(re=message_id, status="rejected", code="missing_blob"))
         else:
             self.rights.reported(device_id, message_id, manifest.assignment_id)
-            self.runs.active.feed(events.UpdateArrived(device_id, message_id, manifest))
+            active.feed(events.UpdateArrived(device_id, message_id, manifest))
 
     def _counted_before(self, device_id: str, manifest: UpdateManifest) -> bool:
         """An update whose ack was lost, in a round that has been committed since."""
