@@ -145,10 +145,23 @@ def launch(server: ServerAddress, file: Path, overrides: tuple[str, ...], watch:
     held_out = read_held_out(spec.evaluation)
     with server.connect() as api:
         run_id = api.submit_run(spec.submitted(held_out, api.upload_bytes(held_out.content)))
+        _warn_without_data(api, spec.dataset)
         if not watch:
             click.echo(run_id)
             return
         _follow(api, run_id)
+
+
+def _warn_without_data(api: OperatorApi, dataset: str) -> None:
+    """Say at once that nobody could train; the run itself may wait for devices to come."""
+    known = {name for device in api.devices() for name in device.get("datasets", {})}
+    if dataset not in known:
+        have = f"they have: {', '.join(sorted(known))}" if known else "none has any"
+        click.echo(
+            f"no device has a dataset {dataset!r} yet ({have}); the run waits for one that has: "
+            "name it in the device's settings, or correct 'dataset' in the run",
+            err=True,
+        )
 
 
 @main.command()

@@ -176,6 +176,18 @@ def test_a_run_is_submitted_with_its_held_out_examples(shell: Shell, run_file: P
     assert spec["evaluation"]["size_bytes"] == len(held_out)
 
 
+@pytest.mark.parametrize(("dataset", "warned"), [("triage", False), ("traige", True)])
+def test_a_dataset_that_no_device_has_is_said_when_the_run_is_launched(
+    shell: Shell, run_file: Path, dataset: str, warned: bool
+) -> None:
+    shell.state.devices = [DEVICE]
+
+    result = shell.run("launch", str(run_file), "--set", f"dataset={dataset}", "--no-watch")
+
+    assert (result.exit_code, result.stdout) == (0, "run-1\n")
+    assert ("no device has a dataset 'traige' yet (they have: triage)" in result.stderr) == warned
+
+
 def test_a_mistake_in_the_run_file_is_one_line_and_nothing_is_submitted(
     shell: Shell, run_file: Path
 ) -> None:
