@@ -106,6 +106,7 @@ class Agent:
         self.boot_id = uuid.uuid4().hex
         self.datasets = describe_datasets(self.settings)
         self.counters = counters or AgentCounters()
+        self._version = version("legend-edge")
         self._progress_at = 0.0
         self._on_hopeless = on_hopeless
         self._losses = 0
@@ -375,12 +376,13 @@ class Agent:
     def _status(self) -> dict[str, object]:
         return {
             "device_id": self.settings.device_id,
-            "version": version("legend-edge"),
+            "version": self._version,
             "fleet": self.settings.fleet,
             "server": self.settings.server,
             "connected": self.session.connected,
             "sid": self.link.sid,
             "busy_with": self.session.busy_with,
+            "not_training": self.workshop.watch.reason,
             "benchmarking": self.session.benchmarking is not None,
             "outbox": len(self.outbox),
             "trainer_starts": self.workshop.trainer.starts,
