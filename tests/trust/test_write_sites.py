@@ -82,6 +82,7 @@ BY_HAND = {
     "broker_server.broker_process.BrokerProcess.start": "pid file and log of a process",
     "broker_server.broker_tls.end_session": "a file for one call of a program",
     "broker_server.dataset_split.write_text": "an operator's command, given again",
+    "broker_server.ray_trainers.RayTrainers.__init__": "Ray's own folder during a simulation",
     "broker_server.run_folder._append": "for people; written anew by the next start of the run",
     "broker_server.demo._fresh_folder": "the demo's folder",
     "broker_server.demo_children.Children.start": "a log",
