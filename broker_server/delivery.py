@@ -14,6 +14,7 @@ import anyio
 
 from broker_server.blobs import BlobStore
 from broker_server.export import AdapterCard, export_adapter
+from broker_server.heap import give_back
 from broker_server.run_folder import ADAPTER_FOLDER, remove_leftovers
 from broker_server.run_spec import PrivacySettings
 from broker_server.run_state import RoundResult, RunCheckpoint
@@ -85,6 +86,7 @@ class Delivery:
         for sha256 in self.spent - kept - checkpoint.prefix.blobs():
             self.blobs.remove(sha256)
         self.spent = set()
+        await anyio.to_thread.run_sync(give_back)
 
     async def finish_last_commit(self) -> None:
         """Do what a server that was killed right after a commit had still to do."""

@@ -1,4 +1,9 @@
-"""Keeps the process small that serves for months."""
+"""Keeps the process small that serves for months; does nothing where the C library is not glibc.
+
+A round reads forty megabytes of updates and lets them go. Left alone, glibc keeps much of that:
+with two hundred updates a round the process grew by 0.2 MB each round, although it held nothing
+more.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,29 @@ _ARENAS = 2
 
 
 def use_few_arenas() -> None:
-    """Let all threads share two heaps of the C library; does nothing where it is not glibc's.
+    """Let all threads share two heaps; else every worker thread begins one, up to eight a core.
 
-    Every worker thread would begin a heap of its own, up to eight per core, and what a round frees
-    in one of them serves no other: with two hundred updates a round the process grew by 0.2 MB
-    each round, although it held nothing more. Call it before the first thread starts.
+    What is freed in one of them serves no other. Call it before the first thread starts.
 
     Source: mallopt(3), M_ARENA_MAX.
     """
+    call = _of_glibc("mallopt")
+    if call is not None:
+        call(_M_ARENA_MAX, _ARENAS)
+
+
+def give_back() -> None:
+    """Return freed memory to the system; some milliseconds, so call it once a round.
+
+    Source: malloc_trim(3).
+    """
+    call = _of_glibc("malloc_trim")
+    if call is not None:
+        call(0)
+
+
+def _of_glibc(name: str) -> ctypes._NamedFuncPointer | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)  # type: ignore[no-any-return]  # by its name
     except (OSError, AttributeError):
-        return
-    mallopt(_M_ARENA_MAX, _ARENAS)
+        return None
