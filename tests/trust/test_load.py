@@ -138,7 +138,7 @@ def figures_of(load: Load, run: Json, seen: Seen, counted: Json) -> Json:
         "control_ms": {name: round(1e3 * percentile(trips, at), 1) for name, at in shares.items()},
         "control_count": len(trips),
         "update_ack_ms_p99": round(1e3 * percentile(counted["ack_delays_s"], 0.99), 1),
-        "rss_mib": [rss_mib[0], rss_mib[len(rss_mib) // 2], rss_mib[-1]],
+        "rss_mib": rss_mib[:: max(1, len(rss_mib) // 12)],
         "growth_kib_per_round": round(growth_per_round(seen.rss_bytes) / 1024, 1),
         "load_average": os.getloadavg(),
     }
