@@ -21,7 +21,7 @@ from broker_server.export import AdapterCard, export_adapter
 from broker_server.fleet import Fleet
 from broker_server.partition import PartitionOptions, split_by_label
 from broker_server.plots import write_plots
-from broker_server.run_folder import ADAPTER_FOLDER
+from broker_server.run_folder import ADAPTER_FOLDER, RunReport
 from broker_server.run_setup import PreparedRun, prepare_run
 from broker_server.run_spec import (
     HeldOut,
@@ -127,10 +127,13 @@ def simulate(
         first = state or SimulationState(now=0.0, checkpoint=prepared.checkpoint)
         ended = VirtualRun(testbed, coordinator, first).run()
     if pictures:
-        report = report_of(spec, ended, scene.run.labels)
-        write_plots(out, report)
-        write_simulation_plot(out, report, _boards(scene.fleet))
+        _draw(out, report_of(spec, ended, scene.run.labels), scene.fleet)
     return ended
+
+
+def _draw(out: Path, report: RunReport, fleet: VirtualFleet) -> None:
+    write_plots(out, report)
+    write_simulation_plot(out, report, _boards(fleet))
 
 
 @dataclass(frozen=True)
