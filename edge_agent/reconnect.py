@@ -26,7 +26,7 @@ class LinkTiming:
         first_retry_s: upper bound of the first delay; doubles with every failure.
         longest_retry_s: the upper bound never exceeds this.
         refused_retry_s: upper bound while the broker says that it refuses the password.
-        settled_after_s: a connection that lives so long resets the backoff; two agents with
+        settled_after_s: only a connection that lives so long is no failure; two agents with
             one device id, which throw each other out, must not do so at full speed.
         stop_s: how long a clean stop may take.
     """
@@ -114,12 +114,13 @@ class ReconnectPolicy:
         accepted = attempt.lived_s is not None
         settled = attempt.lived_s is not None and attempt.lived_s >= self._timing.settled_after_s
         silent = attempt.socket_opened and not accepted and attempt.refusal is None
-        self._failures = 0 if settled else self._failures + 1
         self._silent_closes = self._silent_closes + 1 if silent else 0
         if settled:
             self._brief = 0
         elif accepted:
             self._brief += 1
+        # Who was let in is not kept out by how long the broker was away before that.
+        self._failures = self._brief if accepted else self._failures + 1
 
     def _is_refused(self, attempt: Attempt) -> bool:
         if attempt.refusal is not None:

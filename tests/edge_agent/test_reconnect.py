@@ -63,6 +63,15 @@ def test_a_connection_that_lived_resets_the_backoff() -> None:
     assert subject.after(accepted(60.0)).delay_s <= 1.0
 
 
+def test_a_device_that_was_let_in_is_not_kept_out_by_the_outage_before() -> None:
+    for seed in range(20):
+        subject = policy(seed)
+        for _ in range(20):
+            subject.after(UNREACHABLE)
+        assert subject.after(accepted(2.0)).delay_s <= 1.0
+        assert subject.after(UNREACHABLE).delay_s <= 2.0
+
+
 def test_a_wrong_password_is_counted_and_waited_for_long() -> None:
     subject = policy()
     rests = [subject.after(WRONG_PASSWORD) for _ in range(3)]
