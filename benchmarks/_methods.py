@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from broker_server.strategies import STRATEGY_NAMES
+
 PARTS: Mapping[str, Any] = {
     "codec": "int8",
     "adapter_codec": "int8",
@@ -20,18 +22,59 @@ OURS: Mapping[str, Any] = {
     "strategy_options": {**PARTS["strategy_options"], "pace": "deadline"},
 }
 
+ALL_LAYERS = object()
+"""Stands for the number of layers of the base model."""
+
 BASELINES = ("fedlora", "hetlora", "fedadapter", "flexlora")
 METHODS = ("legend", "legend-paper", *BASELINES)
 """``legend`` is ours with everything; the others are as published."""
 
 
-def settings_of(method: str) -> dict[str, Any]:
+def _without(*options: str, **changes: Any) -> Mapping[str, Any]:
+    kept = {name: value for name, value in OURS["strategy_options"].items() if name not in options}
+    return {**OURS, "strategy_options": {**kept, **changes}}
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "legend": OURS,
+    "no-depth": _without(depth_min=ALL_LAYERS),
+    "no-ranks": _without(rank_min=7, rank_step=0),
+    "no-cache": _without("prefix_mode", "prefix_every"),
+    "no-codec": {**OURS, "codec": "fp32", "adapter_codec": "fp32"},
+    "no-deadline": _without("pace"),
+    "int4": {**OURS, "codec": "int4"},
+    "momentum": _without(server_optimizer="momentum", server_learning_rate=0.2),
+    "alternating": _without(factors="alternating"),
+}
+"""``legend`` with one part taken away or added.
+
+    no-depth     every device trains all layers
+    no-ranks     rank 7 at every layer of MiniLM, instead of 4 to 9
+    no-cache     the layers below the depth as they are in this round, computed in every step
+    no-codec     fp32 both ways
+    no-deadline  the slowest device sets the pace, as in the paper
+"""
+
+
+def settings_of(method: str, layer_count: int) -> dict[str, Any]:
     """What a method changes in an experiment.
 
     Args:
-        method: a strategy's name; ``NAME+parts`` for one with our codecs and cache.
+        method: a strategy's name; ``NAME+parts`` for one with our codecs and cache; one of
+            ``ABLATIONS``.
+        layer_count: of the base model.
+
+    Raises:
+        KeyError: there is no such method; holds the known ones.
     """
-    if method == "legend":
-        return {"strategy": "legend", **OURS}
+    if method in ABLATIONS:
+        chosen = {"strategy": "legend", **ABLATIONS[method]}
+        options = chosen["strategy_options"].items()
+        chosen["strategy_options"] = {
+            name: layer_count if value is ALL_LAYERS else value for name, value in options
+        }
+        return chosen
     strategy, plus, rest = method.partition("+")
-    return {"strategy": strategy, **(PARTS if plus + rest == WITH_PARTS else {})}
+    if strategy not in STRATEGY_NAMES or plus + rest not in ("", WITH_PARTS):
+        raise KeyError(", ".join((*STRATEGY_NAMES, *ABLATIONS)))
+    return {"strategy": strategy, **(PARTS if plus else {})}

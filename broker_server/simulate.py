@@ -155,6 +155,7 @@ def _set_scene(spec: SimulationSpec, out: Path, state: SimulationState | None) -
         spec.fleet_profile(),
         seed=spec.seed,
         link_jitter=spec.link_jitter,
+        link_scale=spec.link_scale,
         availability=spec.availability,
     )
     blobs = BlobStore(out / BLOBS_FOLDER)
@@ -171,7 +172,7 @@ def _set_scene(spec: SimulationSpec, out: Path, state: SimulationState | None) -
     _remind(prepared.strategy, state, blobs)
     return _Scene(
         base=base,
-        cost=ModelCost(base.shape, base.digest, base.size_bytes),
+        cost=ModelCost(base.shape, base.digest, base.size_bytes, spec.work_scale),
         fleet=fleet,
         blobs=blobs,
         run=run,

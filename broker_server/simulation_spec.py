@@ -52,11 +52,17 @@ class Availability(_Strict):
         dropout: share of assignments whose device is lost in mid-round; it is
             back for the next round.
         absent: share of the fleet that is away; redrawn every ``absent_rounds``.
+        hot: share of the fleet that is too hot for full speed; redrawn every
+            ``hot_rounds``.
+        hot_speed: what is left of their speed.
     """
 
     dropout: Share = 0.0
     absent: Share = 0.0
     absent_rounds: int = Field(default=5, ge=1)
+    hot: Share = 0.0
+    hot_rounds: int = Field(default=3, ge=1)
+    hot_speed: float = Field(default=0.5, gt=0, le=1)
 
 
 class SimulationSpec(RunOptions):
@@ -76,6 +82,9 @@ class SimulationSpec(RunOptions):
             after the last; only where there is a validation file.
         attackers: devices that send something else than what they learned.
         link_jitter: replaces the jitter of the profile's links.
+        link_scale: every link has this many times the profile's bandwidth.
+        work_scale: the arithmetic of a token is this many times the model's own: the
+            clock, not the memory, of a larger model or of longer texts.
         threads: of torch's arithmetic; the last digits may depend on it.
     """
 
@@ -92,6 +101,8 @@ class SimulationSpec(RunOptions):
     availability: Availability = Availability()
     attackers: Attackers | None = None
     link_jitter: Share | None = None
+    link_scale: float = Field(default=1.0, gt=0, le=1e6)
+    work_scale: float = Field(default=1.0, gt=0, le=1e6)
     threads: int = Field(default=1, ge=1, le=256)
 
     @property

@@ -62,11 +62,13 @@ class ModelCost:
     Attributes:
         digest: of the base model.
         file_bytes: its files, which it fills in memory too.
+        work_scale: the arithmetic of a token is this many times the model's own.
     """
 
     shape: ModelShape
     digest: str
     file_bytes: int
+    work_scale: float = 1.0
 
     def forward_s(self, tokens: float, flops_per_s: float) -> float:
         """Seconds of a forward pass through every layer.
@@ -77,19 +79,23 @@ class ModelCost:
 
     def layers_s(self, token_layers: float, flops_per_s: float) -> float:
         """Seconds of so many tokens times layers, forward."""
-        return 2.0 * self.shape.weights_per_layer * token_layers / flops_per_s
+        return self._flops_per_token_layer * token_layers / flops_per_s
 
     def backward_s(self, tokens: float, depth: int, flops_per_s: float) -> float:
         """Seconds of a backward pass through the ``depth`` trained layers.
 
         As much per layer as a forward pass: frozen matrices need no gradient.
         """
-        return 2.0 * self.shape.weights_per_layer * tokens * depth / flops_per_s
+        return self._flops_per_token_layer * tokens * depth / flops_per_s
 
     def peak_memory_bytes(self, tokens: int, depth: int) -> int:
         """Memory of a step over ``tokens`` tokens; see ``KEPT_VALUES``."""
         kept = self.bytes_per_token * (1 + depth * KEPT_VALUES)
         return int(PROCESS_BYTES + self.file_bytes + tokens * kept)
+
+    @property
+    def _flops_per_token_layer(self) -> float:
+        return 2.0 * self.work_scale * self.shape.weights_per_layer
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,7 +125,8 @@ class VirtualFleet:
         profile: boards, power modes, links.
         seed: of the run.
         link_jitter: replaces the profile's, if given.
-        availability: who drops out and who is away.
+        link_scale: every link has this many times the profile's bandwidth.
+        availability: who drops out, who is away and who is too hot.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class VirtualFleet:
         *,
         seed: int,
         link_jitter: float | None = None,
+        link_scale: float = 1.0,
         availability: Availability | None = None,
     ) -> None:
         self.devices: Mapping[str, VirtualDevice] = {
@@ -139,6 +147,7 @@ class VirtualFleet:
         self._profile = profile
         self._seed = seed
         self._jitter = link_jitter
+        self._bytes_per_s = BYTES_PER_MBIT * link_scale
         self._availability = availability or Availability()
 
     def conditions(self, device_id: str, round_number: int) -> Conditions:
@@ -152,9 +161,9 @@ class VirtualFleet:
         )
         board, power_mode = load_board(group.board), self.power_mode(device_id, round_number)
         return Conditions(
-            flops_per_s=board.flops_per_s(power_mode),
-            up_bytes_per_s=group.link.up_mbps_at(distance) * BYTES_PER_MBIT * up,
-            down_bytes_per_s=group.link.down_mbps_at(distance) * BYTES_PER_MBIT * down,
+            flops_per_s=board.flops_per_s(power_mode) * self._speed(device_id, round_number),
+            up_bytes_per_s=group.link.up_mbps_at(distance) * self._bytes_per_s * up,
+            down_bytes_per_s=group.link.down_mbps_at(distance) * self._bytes_per_s * down,
             round_trip_s=group.link.round_trip_ms / 1000.0,
             watts=training_watts(board, power_mode),
         )
@@ -169,6 +178,14 @@ class VirtualFleet:
         period = (round_number - 1) // every if every else 0
         drawn = self._draw("power mode", period)[self._index[device_id]]
         return modes[int(drawn * len(modes))].name
+
+    def _speed(self, device_id: str, round_number: int) -> float:
+        """What heat leaves of a device's speed in a round."""
+        options = self._availability
+        if not options.hot:
+            return 1.0
+        drawn = self._draw("heat", (round_number - 1) // options.hot_rounds)
+        return options.hot_speed if drawn[self._index[device_id]] < options.hot else 1.0
 
     def present(self, round_number: int) -> list[str]:
         """Devices that are not away in a round; never nobody."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from broker_server.simulation_spec import Availability
@@ -54,6 +56,40 @@ def test_links_stay_in_their_range_and_vary_by_the_jitter(jitter: float | None) 
         assert max(speeds) <= 10 * BYTES_PER_MBIT * (1 + share)
         assert max(speeds) / min(speeds) <= (1 + share) / (1 - share)
         assert (len(set(speeds)) > 1) is (share > 0)
+
+
+def test_the_asked_share_of_the_fleet_is_hot_and_slower_for_some_rounds() -> None:
+    calm = VirtualFleet(load_fleet("paper80"), seed=0)
+    hot = VirtualFleet(load_fleet("paper80"), seed=0, availability=Availability(hot=0.25))
+    speeds = {
+        number: [
+            hot.conditions(name, number).flops_per_s / calm.conditions(name, number).flops_per_s
+            for name in hot.devices
+        ]
+        for number in range(1, 31)
+    }
+    drawn = [speed for of_round in speeds.values() for speed in of_round]
+    assert set(drawn) == {0.5, 1.0}
+    assert drawn.count(0.5) / len(drawn) == pytest.approx(0.25, abs=0.05)
+    assert speeds[1] == speeds[3]
+    assert speeds[3] != speeds[4]
+
+
+def test_a_link_scale_changes_bandwidth_and_nothing_else() -> None:
+    whole = VirtualFleet(PROFILE, seed=1).conditions("tx2-1", 2)
+    quarter = VirtualFleet(PROFILE, seed=1, link_scale=0.25).conditions("tx2-1", 2)
+    assert quarter.up_bytes_per_s == pytest.approx(whole.up_bytes_per_s / 4)
+    assert quarter.down_bytes_per_s == pytest.approx(whole.down_bytes_per_s / 4)
+    assert quarter.round_trip_s == whole.round_trip_s
+    assert quarter.flops_per_s == whole.flops_per_s
+
+
+def test_a_work_scale_multiplies_arithmetic_in_every_direction() -> None:
+    scaled = replace(COST, work_scale=26.0)
+    assert scaled.forward_s(10, 1e9) == pytest.approx(26 * COST.forward_s(10, 1e9))
+    assert scaled.layers_s(10, 1e9) == pytest.approx(26 * COST.layers_s(10, 1e9))
+    assert scaled.backward_s(10, 2, 1e9) == pytest.approx(26 * COST.backward_s(10, 2, 1e9))
+    assert scaled.peak_memory_bytes(10, 2) == COST.peak_memory_bytes(10, 2)
 
 
 def test_the_asked_share_of_assignments_is_lost() -> None:
