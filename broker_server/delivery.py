@@ -72,7 +72,9 @@ class Delivery:
         tensors = decode(self.blobs.read(adapter.sha256))
         folder = self.folder / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export_adapter(tensors, self.context.model_dir, folder, card=card)
+        # A candidate is scored and thrown away; what is delivered stays.
+        flush = name != CANDIDATE_FOLDER
+        export_adapter(tensors, self.context.model_dir, folder, card=card, flush=flush)
         return folder
 
     async def after_commit(self, done: RoundResult, checkpoint: RunCheckpoint) -> None:

@@ -84,7 +84,9 @@ class AdapterCard:
     metrics: Mapping[str, float | int | str | None] = field(default_factory=dict)
 
 
-def export_adapter(adapter: Adapter, base_dir: Path, out_dir: Path, *, card: AdapterCard) -> None:
+def export_adapter(
+    adapter: Adapter, base_dir: Path, out_dir: Path, *, card: AdapterCard, flush: bool = True
+) -> None:
     """Write a PEFT folder, replacing an older one as a whole.
 
     Args:
@@ -92,12 +94,13 @@ def export_adapter(adapter: Adapter, base_dir: Path, out_dir: Path, *, card: Ada
         base_dir: the base model that it was trained on.
         out_dir: the folder to write; its parent must exist.
         card: labels and metrics for people.
+        flush: False for a folder that is read at once and never again.
 
     Raises:
         ConfigError: the base model's folder is wrong, or no layer has LoRA.
         ProtocolError: the adapter does not fit the base model.
     """
-    replace_folder(out_dir, peft_files(adapter, base_dir, card=card))
+    replace_folder(out_dir, peft_files(adapter, base_dir, card=card), flush=flush)
 
 
 def peft_files(adapter: Adapter, base_dir: Path, *, card: AdapterCard) -> dict[str, bytes]:
@@ -233,8 +236,8 @@ def model_card(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a new folder, flush it to disk, then put it in place.
+def replace_folder(folder: Path, files: Mapping[str, bytes], *, flush: bool = True) -> None:
+    """Write files into a new folder, flush it to disk if asked, then put it in place.
 
     A reader sees the old folder, for an instant none, or the new one whole.
     """
@@ -243,22 +246,23 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             with (fresh / name).open("wb") as stream:
                 write_in_halves(stream, content, site="server.adapter")
-                stream.flush()
-                os.fsync(stream.fileno())
+                if flush:
+                    stream.flush()
+                    os.fsync(stream.fileno())
         fresh.chmod(0o755)
-        put_in_place(fresh, folder)
+        put_in_place(fresh, folder, flush=flush)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 
 
-def put_in_place(fresh: Path, folder: Path) -> None:
+def put_in_place(fresh: Path, folder: Path, *, flush: bool = True) -> None:
     """Rename a finished folder to its name, removing what had it before."""
     outdated = fresh.with_name(fresh.name + ".old")
     if folder.exists():
         folder.rename(outdated)
         reached("server.adapter", "aside")
-    move_into_place(fresh, folder, site="server.adapter")
+    move_into_place(fresh, folder, site="server.adapter", flush=flush)
     shutil.rmtree(outdated, ignore_errors=True)
 
 

@@ -167,7 +167,8 @@ class RunFolder:
         write(self.root / METRICS_FILE, _json_lines(metrics))
         write(self.root / ASSIGNMENTS_FILE, _json_lines(assignments))
         text = json.dumps(summary(report, self.figures), indent=2, ensure_ascii=False) + "\n"
-        write_file(self.root / SUMMARY_FILE, text.encode())
+        # A summary that is written again with the next round is not worth a wait for the disk.
+        write_file(self.root / SUMMARY_FILE, text.encode(), flush=report.status != "running")
 
 
 def _append(path: Path, lines: bytes) -> None:
@@ -206,9 +207,9 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, *, flush: bool = True) -> None:
     """Replace a file of results as a whole; anybody on this machine may read it."""
-    durable.write_durably(path, content, site="server.results", mode=0o644)
+    durable.write_durably(path, content, site="server.results", mode=0o644, flush=flush)
 
 
 def _json_lines(lines: Iterable[object]) -> bytes:

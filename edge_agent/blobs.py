@@ -111,11 +111,19 @@ class BlobClient:
         size_bytes: int,
         target: Path,
         *,
+        flush: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Path:
         """Bring a blob to ``target``, unless it is there already.
 
         What arrived of it before is in ``<target>.part`` and is continued.
+
+        Args:
+            sha256: its name.
+            size_bytes: its size.
+            target: where to put it.
+            flush: False where its digest is looked at again before it is used again.
+            on_progress: told about every chunk.
 
         Raises:
             DeviceError: DOWNLOAD_FAILED, WRONG_DIGEST (twice, the second time from nothing) or
@@ -130,7 +138,7 @@ class BlobClient:
         for _ in range(2):
             await self._fetch(ref, part, on_progress or (lambda _done, _total: None))
             if await to_thread.run_sync(_holds, part, ref):
-                await to_thread.run_sync(_publish, part, target)
+                await to_thread.run_sync(partial(_publish, part, target, flush=flush))
                 return target
             log.warning("download_was_corrupt", sha256=sha256)
             part.unlink(missing_ok=True)
@@ -321,10 +329,11 @@ def _holds(path: Path, ref: BlobRef) -> bool:
         return False
 
 
-def _publish(part: Path, target: Path) -> None:
+def _publish(part: Path, target: Path, *, flush: bool) -> None:
     try:
-        sync(part)
-        move_into_place(part, target, site="agent.blob")
+        if flush:
+            sync(part)
+        move_into_place(part, target, site="agent.blob", flush=flush)
     except OSError as error:
         raise disk_error(target, error) from error
 

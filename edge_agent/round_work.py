@@ -1,7 +1,8 @@
 """One assignment from beginning to end: fetch, admit, train, upload.
 
 A killed agent begins again where its round directory says: what was trained is
-not trained again. Raises named failures; the session decides what to say.
+not trained again. After power loss, what is unreadable counts as not there. Raises
+named failures; the session decides what to say.
 """
 
 from __future__ import annotations
@@ -143,17 +144,17 @@ async def _fetch(shop: Workshop, start: RoundStart, round_dir: Path) -> None:
     await shop.provisioning.fetch_model(start.model_digest, shop.state.cache)
     target = shop.state.blobs / start.adapter.sha256
     began, received_before = time.monotonic(), shop.blobs.received_bytes
-    await shop.blobs.download(start.adapter.sha256, start.adapter.size_bytes, target)
+    await shop.blobs.download(start.adapter.sha256, start.adapter.size_bytes, target, flush=False)
     if start.prefix and start.prefix.adapter:
         below = start.prefix.adapter
-        await shop.blobs.download(below.sha256, below.size_bytes, shop.state.blobs / below.sha256)
+        file = shop.state.blobs / below.sha256
+        await shop.blobs.download(below.sha256, below.size_bytes, file, flush=False)
     spent = {
         "download_s": time.monotonic() - began,
         "download_bytes": shop.blobs.received_bytes - received_before,
     }
-    write_durably(
-        round_dir / DOWNLOAD_FILE, json.dumps(spent).encode(), site="agent.download_report"
-    )
+    report = json.dumps(spent).encode()
+    write_durably(round_dir / DOWNLOAD_FILE, report, site="agent.download_report", flush=False)
 
 
 def _write_assignment(
@@ -194,9 +195,8 @@ def _write_assignment(
         "stretch": {"flops_per_s": emulation.flops_per_s} if emulation else None,
         "prefix": _prefix(shop, start),
     }
-    write_durably(
-        round_dir / ASSIGNMENT_FILE, json.dumps(request).encode(), site="agent.assignment"
-    )
+    content = json.dumps(request).encode()
+    write_durably(round_dir / ASSIGNMENT_FILE, content, site="agent.assignment", flush=False)
 
 
 def _prefix(shop: Workshop, start: RoundStart) -> dict[str, object] | None:

@@ -195,19 +195,14 @@ class Counter:
         write_durably(self._path, f"{number}\n".encode(), site="agent.counter")
 
 
-def write_durably(path: Path, data: bytes, *, site: str) -> None:
-    """Replace ``path`` so that after power loss either the old or the new content is there.
-
-    Args:
-        path: in a folder that exists.
-        data: the whole content.
-        site: what is written; see ``wire_protocol.durable``.
+def write_durably(path: Path, data: bytes, *, site: str, flush: bool = True) -> None:
+    """``durable.write_durably``, which see, with the agent's own error.
 
     Raises:
         DeviceError: the disk is full or failed.
     """
     try:
-        durable.write_durably(path, data, site=site)
+        durable.write_durably(path, data, site=site, flush=flush)
     except OSError as error:
         raise disk_error(path, error) from error
 
