@@ -212,6 +212,7 @@ class Fleet:
             download_s=report.download_s,
             uploaded_bytes=report.upload_bytes,
             upload_s=report.upload_s,
+            energy_j=report.energy_j,
         )
         estimate = known.estimate or _estimate_from(known.capability)
         known.estimate = observe(estimate, times.measurement(), rho=rho).estimate

@@ -31,7 +31,7 @@ stated there, "reconstructed" fills in what could not be read, "ours" is decided
     tau       steps                         local steps   local fine-tuning        paper
     -         server_learning_rate          -             adaptive aggregation     ours
     D         deadline.deadline_s           s             -                        ours
-    U         deadline utility              ranks/s       -                        ours
+    U         deadline utility              ranks/s, /J, /byte  -                  ours
     g_l       importance: the rank r_l      ranks         -                        ours
 
 Equations (1) to (6) are written out in ``docs/legend.md``.

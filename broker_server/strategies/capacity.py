@@ -50,6 +50,7 @@ class CapacityEstimate:
     memory_base_bytes: float | None = None
     memory_bytes_per_token: float | None = None
     memory_bytes_per_token_layer: float | None = None
+    training_watts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class RoundTimes:
         downloaded_bytes: 0 when the adapter was already there.
         forward_token_layers: pairs that the forward passes computed; None for
             every token in every layer.
+        energy_j: that training drew; None where the device cannot tell.
     """
 
     tokens: int
@@ -86,6 +88,7 @@ class RoundTimes:
     uploaded_bytes: int
     upload_s: float
     forward_token_layers: int | None = None
+    energy_j: float | None = None
 
     def measurement(self) -> CapacityEstimate:
         """The rates in these times; None for what did not happen.
@@ -99,6 +102,7 @@ class RoundTimes:
             backward_s_per_token_layer=_ratio(self.backward_s, self.tokens * self.depth),
             up_bytes_per_s=_ratio(self.uploaded_bytes, self.upload_s),
             down_bytes_per_s=_ratio(self.downloaded_bytes, self.download_s),
+            training_watts=_ratio(self.energy_j or 0.0, self.forward_s + self.backward_s),
         )
 
 
@@ -228,6 +232,7 @@ def device_capacity(
         memory_bytes_per_token_layer=estimate.memory_bytes_per_token_layer or 0.0,
         memory_budget_bytes=memory_budget_bytes,
         examples=examples,
+        training_watts=estimate.training_watts or 0.0,
     )
 
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from broker_server.strategies.strategy import DeviceCapacity, Factors, RunShape
 
+BELIEVED_WATTS = 20.0
+"""Between the boards of one fleet lies no more than this, either way."""
+
 
 def upload_bytes(
     shape: RunShape, ranks: Sequence[int], *, factors: Factors = "both"
@@ -110,6 +113,20 @@ def step_s(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.flo
     forward = layers * _column(devices, "forward_s_per_token_layer")
     backward = _column(devices, "backward_s_per_token_layer") * depth
     return shape.tokens_per_step * (forward + backward)
+
+
+def training_watts(devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
+    """Power of every device while it trains, (n, 1).
+
+    One that is not known has the median of those that are, or 1 W, so that joules
+    are at least seconds; one that is ``BELIEVED_WATTS`` times off is not believed.
+    """
+    watts = _column(devices, "training_watts")
+    known = watts[watts > 0]
+    usual = float(np.median(known)) if len(known) else 1.0
+    return np.clip(
+        np.where(watts > 0, watts, usual), usual / BELIEVED_WATTS, usual * BELIEVED_WATTS
+    )
 
 
 def memory_bytes(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ it even so sits this round out.
     cover_l(D) = sum_{i trains l} n_i steps_i / tau
     U(D) = sum_l g_l min(1, cover_l / (target * sum_i n_i)) / (D + overhead)    (6)
 
+Where joules or bytes are to be saved instead of time, they stand below the line.
 Knows times; knows no device and no paper's defaults. All of it is ours.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,8 @@ MAX_DEADLINES = 4096
 """Deadlines that are tried; of a larger fleet's times, evenly spaced ones."""
 
 Times = NDArray[np.float64]
+
+Objective = Literal["time", "energy", "traffic"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class DeadlineRule:
         left_out_max: every round after this many is one in which all take
             part, so that nobody sits out more in a row. All at once, because
             one slow device costs a round as much time as ten.
-        overhead_s: of a round beside the devices: aggregation, evaluation.
+        overhead_s: of a round beside the devices: aggregation, evaluation; counts
+            where the objective is time.
         hysteresis: a new deadline must be better by this share, and a device
             deepens only if it then has this share of the deadline to spare.
+        objective: what coverage is divided by.
     """
 
     coverage_target: float = 0.75
@@ -45,10 +51,24 @@ class DeadlineRule:
     left_out_max: int = 2
     overhead_s: float = 1.0
     hysteresis: float = 0.1
+    objective: Objective = "time"
 
     def is_for_all(self, round_number: int) -> bool:
         """True for a round in which nobody is left out."""
         return round_number % (self.left_out_max + 1) == 0
+
+
+@dataclass(frozen=True)
+class CohortCosts:
+    """What every device spends, in joules or bytes; shaped like its times.
+
+    Attributes:
+        full: with all local steps, (n, L), not decreasing along a row.
+        partial: at depth k_min with ``steps`` local steps, (n, len(steps)), not decreasing.
+    """
+
+    full: NDArray[np.float64]
+    partial: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,7 @@ class CohortTimes:
         caps: kmax_i, (n,), none below ``depth_min``.
         examples: n_i, (n,).
         depth_min: k_min.
+        costs: what is to be saved; None for time.
     """
 
     full: Times
@@ -70,6 +91,7 @@ class CohortTimes:
     caps: NDArray[np.int64]
     examples: NDArray[np.float64]
     depth_min: int
+    costs: CohortCosts | None = None
 
     def earliest_s(self, participation_min: float) -> float:
         """The first deadline that this share of the cohort can keep."""
@@ -162,12 +184,26 @@ def _utility(times: CohortTimes, importance: Times, rule: DeadlineRule, tried: T
         deep = times.caps >= depth
         cover = _admitted(times.full[deep, depth - 1], times.examples[deep], tried)
         gained += importance[depth - 1] * np.minimum(1.0, cover / target)
-    utility: Times = gained / (tried + rule.overhead_s)
+    spent = tried + rule.overhead_s if times.costs is None else _spent(times, times.costs, tried)
+    utility: Times = gained / spent
     return utility
 
 
-def _admitted(times: Times, examples: NDArray[np.float64], tried: Times) -> Times:
-    """Examples of the devices whose time is within each deadline, (C,)."""
+def _spent(times: CohortTimes, costs: CohortCosts, tried: Times) -> NDArray[np.float64]:
+    """What the cohort spends by each deadline, (C,)."""
+    spent = np.zeros(len(tried))
+    more = np.diff(costs.partial, axis=1, prepend=0.0)
+    for column in range(costs.partial.shape[1]):
+        spent += _admitted(times.partial[:, column], more[:, column], tried)
+    more = np.diff(costs.full, axis=1, prepend=0.0)
+    for depth in range(times.depth_min + 1, times.full.shape[1] + 1):
+        deep = times.caps >= depth
+        spent += _admitted(times.full[deep, depth - 1], more[deep, depth - 1], tried)
+    return spent
+
+
+def _admitted(times: Times, amounts: NDArray[np.float64], tried: Times) -> NDArray[np.float64]:
+    """Sum of the amounts of the devices whose time is within each deadline, (C,)."""
     first = np.searchsorted(tried, times, side="left")
-    added = np.bincount(first, weights=examples, minlength=len(tried) + 1)
+    added = np.bincount(first, weights=amounts, minlength=len(tried) + 1)
     return np.cumsum(added[: len(tried)], dtype=np.float64)

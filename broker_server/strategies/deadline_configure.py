@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.cohort import Cohort, able_cohort
-from broker_server.strategies.cost_model import completion_s, step_s
+from broker_server.strategies.cost_model import (
+    completion_s,
+    download_bytes,
+    step_s,
+    training_watts,
+    upload_bytes,
+)
 from broker_server.strategies.deadline import (
+    CohortCosts,
     CohortTimes,
     DeadlineRule,
     deadline_s,
@@ -101,7 +108,24 @@ def _cohort_times(shape: RunShape, cohort: Cohort, choice: DeadlineChoice) -> Co
     steps = step_choices(shape.steps)
     saved = (shape.steps - np.array(steps)) * a_step[:, np.newaxis]
     partial = full[:, choice.depth_min - 1, np.newaxis] - saved
-    return CohortTimes(full, partial, steps, cohort.caps, cohort.examples, choice.depth_min)
+    costs = _cohort_costs(shape, cohort, choice, steps)
+    return CohortTimes(full, partial, steps, cohort.caps, cohort.examples, choice.depth_min, costs)
+
+
+def _cohort_costs(
+    shape: RunShape, cohort: Cohort, choice: DeadlineChoice, steps: tuple[int, ...]
+) -> CohortCosts | None:
+    """Joules of training, or bytes both ways; None where time is the objective."""
+    column = choice.depth_min - 1
+    if choice.rule.objective == "time":
+        return None
+    if choice.rule.objective == "traffic":
+        full = download_bytes(shape, cohort.devices, choice.ranks)
+        full = full + upload_bytes(shape, choice.ranks, factors=choice.factors)
+        # Fewer steps save no byte.
+        return CohortCosts(full, np.repeat(full[:, column, np.newaxis], len(steps), axis=1))
+    a_step = training_watts(cohort.devices) * step_s(shape, cohort.devices)
+    return CohortCosts(shape.steps * a_step, a_step[:, column, np.newaxis] * np.array(steps))
 
 
 def _previous(cohort: Cohort, before: Decided | None) -> NDArray[np.int64] | None:

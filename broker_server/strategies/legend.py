@@ -62,6 +62,7 @@ LEGEND_OPTIONS = {
     "left_out_max": integer(0),
     "overhead_s": number(0),
     "hysteresis": number(0, 1),
+    "objective": choice("time", "energy", "traffic"),
 }
 
 
@@ -88,8 +89,9 @@ class Legend:
         rule: how a deadline is judged; not used by ``slowest``.
 
     Raises:
-        ConfigError: two waiting limits at once, one beside a deadline, or a
-            learning rate that an adaptive server optimizer cannot have.
+        ConfigError: two waiting limits at once, one beside a deadline, an objective other
+            than time without one, or a learning rate that an adaptive server optimizer
+            cannot have.
 
     Source: arXiv:2412.20004; the switches after ``server_learning_rate`` are ours.
     """
@@ -121,6 +123,10 @@ class Legend:
             )
         if any(limited) and self.pace == "deadline":
             raise ConfigError("strategy legend has a waiting limit or pace deadline, not both")
+        if self.rule.objective != "time" and self.pace != "deadline":
+            raise ConfigError(
+                f"objective {self.rule.objective} of strategy legend needs pace deadline"
+            )
         optimizer = server_optimizer(
             self.server_optimizer,
             learning_rate=self.server_learning_rate,

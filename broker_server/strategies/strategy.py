@@ -39,6 +39,7 @@ class DeviceCapacity:
         warm_depth: deepest training whose frozen layers' output the device has
             cached; 0 for none.
         warm_examples: that are cached.
+        training_watts: power while it trains; 0 where that is not known.
 
     Raises:
         ValueError: a speed that is not positive, or a value that is negative
@@ -60,6 +61,7 @@ class DeviceCapacity:
     examples: int
     warm_depth: int = 0
     warm_examples: int = 0
+    training_watts: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:

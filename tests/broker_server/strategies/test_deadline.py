@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker_server.strategies.deadline import (
+    CohortCosts,
     CohortTimes,
     DeadlineRule,
     deadline_s,
@@ -47,7 +48,17 @@ def cohorts(draw: st.DrawFn) -> CohortTimes:
     )
     caps = np.array(draw(st.lists(st.integers(depth_min, layers), min_size=count, max_size=count)))
     sizes = draw(st.lists(st.integers(1, 99), min_size=count, max_size=count))
-    return CohortTimes(full, partial, steps, caps, np.array(sizes, dtype=np.float64), depth_min)
+    costs = None
+    if draw(st.booleans()):
+        spent = np.array(
+            draw(st.lists(st.floats(0.1, 9), min_size=count * layers, max_size=count * layers))
+        ).reshape(count, layers)
+        spent = np.cumsum(spent, axis=1)
+        share = np.array(steps) / steps[-1]
+        costs = CohortCosts(spent, spent[:, depth_min - 1, np.newaxis] * share)
+    return CohortTimes(
+        full, partial, steps, caps, np.array(sizes, dtype=np.float64), depth_min, costs
+    )
 
 
 def plan_by_loop(times: CohortTimes, row: int, deadline: float) -> tuple[int, int]:
@@ -77,7 +88,22 @@ def utility(
             if deep >= depth
         )
         total += worth * min(1.0, cover / (rule.coverage_target * times.examples.sum()))
-    return total / (deadline + rule.overhead_s)
+    return total / spent_by_loop(times, plans, rule, deadline)
+
+
+def spent_by_loop(
+    times: CohortTimes, plans: list[tuple[int, int]], rule: DeadlineRule, deadline: float
+) -> float:
+    """Seconds, joules or bytes of a round, one device at a time."""
+    if times.costs is None:
+        return deadline + rule.overhead_s
+    spent = 0.0
+    for row, (depth, steps) in enumerate(plans):
+        if steps == times.steps[-1]:
+            spent += times.costs.full[row, depth - 1]
+        elif steps:
+            spent += times.costs.partial[row, times.steps.index(steps)]
+    return spent
 
 
 @given(cohorts(), RULES)

@@ -15,6 +15,8 @@ from wire_protocol.errors import ConfigError
 
 KINDS: tuple[OptimizerName, ...] = ("momentum", "adam", "yogi")
 ETA, B1, B2, TAU = 0.01, 0.9, 0.99, 1e-3
+# At the squared mean that yogi's second moment is, its sign hangs on the last digit.
+MEANS = st.floats(-2, 2).filter(lambda mean: not math.isclose(abs(mean), TAU, rel_tol=1e-4))
 
 
 def by_loop(kind: str, value: float, means: list[float | None]) -> float:
@@ -47,7 +49,7 @@ def after_round(step: ServerOptimizer, old: Tensors, update: Tensors) -> Tensors
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(means=st.lists(st.none() | st.floats(-2, 2), min_size=1, max_size=8))
+@given(means=st.lists(st.none() | MEANS, min_size=1, max_size=8))
 def test_a_value_moves_by_the_published_equations(
     kind: OptimizerName, means: list[float | None]
 ) -> None:
