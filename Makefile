@@ -38,9 +38,9 @@ test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots th
 	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
 
-trust: venv mosquitto ## The attack suite in its long form (half an hour)
+trust: venv mosquitto ## The attack suite in its long form (twenty minutes)
 	$(BIN)/python -m pytest -m trust tests/trust/test_load.py
-	$(BIN)/python -m pytest -n 2 -m trust --ignore tests/trust/test_load.py
+	$(BIN)/python -m pytest -n 3 -m trust --ignore tests/trust/test_load.py
 
 check: venv ## Format, lint, types, import contracts, generated files, dependencies
 	$(BIN)/ruff format --check .
