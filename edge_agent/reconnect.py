@@ -15,6 +15,7 @@ _WRONG_CREDENTIALS = frozenset({134, 135})  # MQTT: bad user name or password, n
 # any broker that is just stopping: only a repetition means something.
 _SILENT_CLOSES_THAT_MEAN_REFUSED = 3
 _BRIEF_CONNECTIONS_THAT_MEAN_POISON = 3
+_BRIEF_CONNECTIONS_THAT_COUNT = 4  # up to 8 s of rest with a first retry within 1 s
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,11 @@ class ReconnectPolicy:
             self._brief = 0
         elif accepted:
             self._brief += 1
-        # Who was let in is not kept out by how long the broker was away before that.
-        self._failures = self._brief if accepted else self._failures + 1
+        # Who was let in is not kept out for long, however often that ended soon and whatever
+        # came before it: the broker is there.
+        self._failures = (
+            min(self._brief, _BRIEF_CONNECTIONS_THAT_COUNT) if accepted else self._failures + 1
+        )
 
     def _is_refused(self, attempt: Attempt) -> bool:
         if attempt.refusal is not None:

@@ -46,14 +46,22 @@ def test_the_bound_doubles_while_the_broker_cannot_be_reached(seed: int, failure
         assert rest.refused_times == 0
 
 
-def test_two_agents_with_one_device_id_slow_down() -> None:
-    slowest = 0.0
+def test_two_agents_with_one_device_id_slow_down_but_stay_near() -> None:
+    rests = []
+    for seed in range(40):
+        subject = policy(seed)
+        rests += [[subject.after(accepted(0.1)).delay_s for _ in range(10)]]
+    assert all(one[0] <= 1.0 for one in rests)
+    assert 4.0 < max(one[-1] for one in rests) <= 8.0
+
+
+def test_a_link_that_breaks_again_and_again_keeps_nobody_away_for_minutes() -> None:
     for seed in range(20):
         subject = policy(seed)
-        for _ in range(10):
-            rest = subject.after(accepted(0.1))
-        slowest = max(slowest, rest.delay_s)
-    assert slowest > 60.0
+        for _ in range(30):
+            assert subject.after(UNREACHABLE).delay_s <= 120.0
+            assert subject.after(accepted(3.0)).delay_s <= 8.0
+            assert subject.after(UNREACHABLE).delay_s <= 16.0
 
 
 def test_a_connection_that_lived_resets_the_backoff() -> None:
