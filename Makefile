@@ -34,7 +34,7 @@ test: venv mosquitto postgresql ## Every test, attacks in their short form; thos
 test-fast: venv ## The tests that need no service, no training and attack nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/trust -m "not integration and not e2e and not train and not ansible"
 
-test-ansible: venv ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
+test-ansible: venv lab ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
 	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
 
@@ -57,6 +57,11 @@ docs: venv ## Write the generated files anew
 .PHONY: mosquitto
 mosquitto:
 	@command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || sh tools/install_package.sh mosquitto
+
+.PHONY: lab
+lab:
+	@command -v debootstrap >/dev/null && command -v systemd-nspawn >/dev/null \
+		|| sh tools/install_package.sh debootstrap systemd-container iproute2 iptables openssh-client
 
 .PHONY: postgresql
 postgresql:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def machine() -> str:
     )
     gibibytes = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES / 2**30
     return f"{cpu}, {os.cpu_count()} cores, {gibibytes:.0f} GiB, Python {platform.python_version()}"
+
+
+def peak_rss_bytes(work: Callable[[], object]) -> int:
+    """Resident memory of this process at its highest while ``work`` ran.
+
+    Source: ``VmHWM`` and ``clear_refs`` in proc(5).
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    work()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def load() -> float:

