@@ -29,7 +29,7 @@ demo: venv ## Four emulated devices fine-tune MiniLM with LEGEND
 
 test: venv mosquitto postgresql ## Every test, attacks in their short form; those with real fleets come last
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not ansible and not trust"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "e2e and not trust"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "e2e and not trust"
 
 test-fast: venv ## The tests that need no service, no training and attack nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/trust -m "not integration and not e2e and not train and not ansible"

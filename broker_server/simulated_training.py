@@ -24,7 +24,7 @@ from broker_server.virtual_fleet import Conditions, ModelCost
 from edge_agent.dataset import Tokenised, endless_batches
 from edge_agent.error_feedback import COARSE, encode_with_feedback
 from edge_agent.finetune import BaseModel, Supervision, load_base_model, prepare_data, train
-from edge_agent.frozen_prefix import PrefixCache, digest_of
+from edge_agent.frozen_prefix import PrefixCache
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
@@ -327,13 +327,13 @@ def _prefix_cache(data: TrainingData, examples: Sequence[Tokenised]) -> PrefixCa
     for begin in range(0, len(ordered), COMPUTED_TOGETHER):
         group = [examples[row] for row in ordered[begin : begin + COMPUTED_TOGETHER]]
         for example in group:
-            together.setdefault(digest_of(example), group)
+            together.setdefault(example.digest, group)
     return PrefixCache(
         PrefixStore(data.prefix_dir, CACHE_BYTES),
         f"{data.model_digest}/{data.threads}",
         # Whatever was stored before, and by whom, must not change a digit.
         reuse_lower=False,
-        companions=lambda example: together[digest_of(example)],
+        companions=lambda example: together[example.digest],
     )
 
 

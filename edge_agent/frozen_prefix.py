@@ -112,12 +112,10 @@ class FrozenPrefix:
             (batch, longest, hidden) in float32, zero where padded; and the
             token-layer pairs that were computed for it, padding included.
         """
-        found = {digest: self._read(self._boundary, digest) for digest in map(digest_of, batch)}
-        missing = {
-            digest_of(example): example for example in batch if found[digest_of(example)] is None
-        }
+        found = {one.digest: self._read(self._boundary, one.digest) for one in batch}
+        missing = {one.digest: one for one in batch if found[one.digest] is None}
         cost = self._fill(missing, found) if missing else 0
-        return self._padded(batch, [found[digest_of(example)] for example in batch]), cost
+        return self._padded(batch, [found[one.digest] for one in batch]), cost
 
     def replacing(self, states: Any) -> ContextManager[None]:
         """While it lasts, a forward pass begins at the boundary with these states."""
@@ -137,9 +135,9 @@ class FrozenPrefix:
                     rounded = states.to(self._dtype)
                     # Beyond the range of fp16: used as it is, and computed every time.
                     fits = bool(torch.isfinite(rounded).all())
-                    digest = digest_of(example)
+                    digest = example.digest
                     if digest in found:
-                        found[digest] = rounded.float() if fits else states
+                        found[digest] = rounded if fits else states
                     if fits:
                         storable.append((digest, _bytes_of(rounded)))
                 self._shelves[self._boundary].put(storable)
@@ -162,7 +160,7 @@ class FrozenPrefix:
         companions = self._cache.companions
         if companions is None:
             return [examples]
-        groups = {digest_of(group[0]): group for group in map(companions, examples)}
+        groups = {group[0].digest: group for group in map(companions, examples)}
         return list(groups.values())
 
     def _compute(self, examples: Sequence[Tokenised], start: int) -> List[Any]:
@@ -176,7 +174,7 @@ class FrozenPrefix:
         }
         states = None
         if start:
-            stored = [self._read(start, digest_of(example)) for example in examples]
+            stored = [self._read(start, example.digest) for example in examples]
             states = self._padded(examples, stored)
         autocast = torch.autocast(
             device.type, dtype=self._autocast, enabled=self._autocast is not None
@@ -187,7 +185,7 @@ class FrozenPrefix:
         return [rows[row, : example.length] for row, example in enumerate(examples)]
 
     def _padded(self, examples: Sequence[Tokenised], states: Sequence[Any]) -> Any:
-        """Rows of states as one batch, (batch, longest, hidden), zero where padded."""
+        """Rows of states as one float32 batch, (batch, longest, hidden), zero where padded."""
         longest = max(example.length for example in examples)
         padded = torch.zeros((len(examples), longest, self._base.shape.hidden_size))
         for row, example in enumerate(examples):
@@ -195,12 +193,12 @@ class FrozenPrefix:
         return padded.to(self._base.device)
 
     def _read(self, layer: int, digest: bytes) -> Any:
-        """Stored states as float32, (tokens, hidden); None when there are none."""
+        """Stored states as they are stored, (tokens, hidden); None when there are none."""
         data = self._shelves[layer].get(digest)
         if data is None:
             return None
         values = torch.from_numpy(np.frombuffer(data, dtype=np.int16).copy()).view(self._dtype)
-        return values.view(-1, self._base.shape.hidden_size).float()
+        return values.view(-1, self._base.shape.hidden_size)
 
 
 def is_cached(
@@ -214,7 +212,7 @@ def is_cached(
     """Whether the states of all these examples are stored, so that no frozen layer will run."""
     version = prefix_version(adapter, boundary)
     with cache.shelf(version, boundary, _stored_dtype(autocast)) as shelf:
-        return all(digest_of(example) in shelf for example in examples)
+        return all(example.digest in shelf for example in examples)
 
 
 def prefix_version(adapter: Adapter, boundary: int) -> str:
@@ -231,15 +229,6 @@ def prefix_version(adapter: Adapter, boundary: int) -> str:
         digest.update(f"{name} {below[name].shape} ".encode())
         digest.update(np.ascontiguousarray(below[name], dtype=np.float32).tobytes())
     return digest.hexdigest()
-
-
-def digest_of(example: Tokenised) -> bytes:
-    """Names an example by what the model reads of it, 16 bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(example.inputs):
-        digest.update(name.encode())
-        digest.update(np.array(example.inputs[name], dtype=np.int64).tobytes())
-    return digest.digest()
 
 
 def _stored_dtype(autocast: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 from edge_agent import frozen_prefix
 from edge_agent.dataset import Tokenised, collate, padding_of
 from edge_agent.finetune import BaseModel, Outcome, load_base_model, prepare_data, train
-from edge_agent.frozen_prefix import PrefixCache, digest_of, is_cached, prefix_version
+from edge_agent.frozen_prefix import PrefixCache, is_cached, prefix_version
 from edge_agent.layer_range import give_up_below, given_up, states_entering
 from edge_agent.peft_adapter import attach, detach, set_training_mode
 from edge_agent.prefix_store import PrefixStore
@@ -234,10 +234,9 @@ def test_changed_data_is_computed_anew(bert: Scene, unrounded: None) -> None:
 
 def test_examples_differ_by_whatever_the_model_reads() -> None:
     one = Tokenised({"input_ids": [1, 2], "token_type_ids": [0, 0]}, [0])
-    assert digest_of(one) == digest_of(Tokenised(one.inputs, [1]))
-    assert digest_of(one) != digest_of(
-        Tokenised({"input_ids": [1, 2], "token_type_ids": [0, 1]}, [0])
-    )
+    assert one.digest == Tokenised(one.inputs, [1]).digest
+    other = Tokenised({"input_ids": [1, 2], "token_type_ids": [0, 1]}, [0])
+    assert one.digest != other.digest
 
 
 def test_without_room_everything_is_computed_every_time(bert: Scene, unrounded: None) -> None:
