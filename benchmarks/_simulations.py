@@ -11,9 +11,13 @@ from pathlib import Path
 from benchmarks._experiment import full_experiment, quick_experiment
 from benchmarks._methods import settings_of
 from broker_server.base_model import read_base_model
+from broker_server.compare import SimulatedRun
 from broker_server.simulate import simulate
 from broker_server.simulation_spec import find_base_model, parse_simulation_spec
 from wire_protocol.errors import LegendError
+
+LEAST_GAIN = 0.05
+"""Accuracy that a target must lie above that of the untrained adapter."""
 
 
 def simulate_all(options: argparse.Namespace) -> tuple[list[Path], dict[str, str]]:
@@ -29,7 +33,7 @@ def simulate_all(options: argparse.Namespace) -> tuple[list[Path], dict[str, str
     options.out.mkdir(parents=True, exist_ok=True)
     folder = options.out
     base = quick_experiment(folder) if options.quick else full_experiment(options.data, folder)
-    base["rounds"] = options.rounds or (5 if options.quick else 100)
+    base["rounds"] = options.rounds or (8 if options.quick else 100)
     if options.work_scale is not None:
         base["work_scale"] = options.work_scale
     layer_count = read_base_model(find_base_model(base["model"])).shape.layer_count
@@ -61,6 +65,12 @@ def simulate_all(options: argparse.Namespace) -> tuple[list[Path], dict[str, str
     return finished, failed
 
 
+def has_learned(runs: Sequence[SimulatedRun], target: float) -> bool:
+    """Whether a target means anything; time to an untrained accuracy is noise."""
+    untrained = max(float(run.lines[0]["accuracy"]) for run in runs)
+    return target >= untrained + LEAST_GAIN
+
+
 def arguments(description: str, methods: Sequence[str]) -> argparse.Namespace:
     """The command line of a comparison.
 
@@ -76,7 +86,7 @@ def arguments(description: str, methods: Sequence[str]) -> argparse.Namespace:
         "--data", type=Path, default=Path("../shared/data/sst2_sent"), help="train, dev, test.tsv"
     )
     parser.add_argument("--seeds", type=int, help="default: 3; quick: 1")
-    parser.add_argument("--rounds", type=int, help="default: 100; quick: 5")
+    parser.add_argument("--rounds", type=int, help="default: 100; quick: 8")
     parser.add_argument("--workers", type=int, default=1, help="processes that train")
     parser.add_argument(
         "--work-scale",

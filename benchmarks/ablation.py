@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks._machine import machine
 from benchmarks._methods import ABLATIONS
-from benchmarks._simulations import arguments, simulate_all
+from benchmarks._simulations import arguments, has_learned, simulate_all
 from broker_server.compare import Amount, Comparison, compare_runs, read_run
 from broker_server.dataset_split import write_text
 
@@ -31,11 +31,13 @@ def main() -> int:
     """Simulate, compare, print; 1 when a variant could not be simulated."""
     options = arguments(__doc__ or "", tuple(ABLATIONS))
     finished, failed = simulate_all(options)
-    comparison = compare_runs(
-        [read_run(out) for out in finished], share=SHARE, baselines=["legend"]
-    )
+    runs = [read_run(out) for out in finished]
+    comparison = compare_runs(runs, share=SHARE, baselines=["legend"])
     found = rows(comparison)
+    learned = has_learned(runs, comparison.target)
     Console(width=120).print(table(found, comparison), highlight=False)
+    if not learned:
+        print("The target is no better than no training: these factors are noise, not results.")
     for name, reason in failed.items():
         print(f"{name} could not be simulated: {reason}")
     result = {
@@ -43,6 +45,7 @@ def main() -> int:
         "machine": machine(),
         "quick": options.quick,
         "failed": failed,
+        "learned": learned,
         "rows": found,
         "summary": {
             row["variant"]: {key: row[key] for key in ("time_factor", "traffic_factor", "final")}

@@ -43,8 +43,6 @@ LAST_ROUNDS = 5
 RANK = 8
 LEAST_GAIN = 0.05
 """Accuracy over the untrained adapter's below which differences between codecs are noise."""
-QUICK: dict[str, Any] = {"local_steps": 20, "batch_size": 16}
-"""Enough for the tiny model to learn something."""
 
 Row = dict[str, Any]
 
@@ -55,7 +53,7 @@ def main() -> int:
     codecs = [Codec.FP32, *(Codec(name) for name in options.codecs if name != "fp32")]
     folder = options.out or Path(tempfile.mkdtemp(prefix="codec-"))
     folder.mkdir(parents=True, exist_ok=True)
-    base = {**quick_experiment(folder), **QUICK} if options.quick else experiment_on(options.data)
+    base = quick_experiment(folder) if options.quick else experiment_on(options.data)
     base |= {
         key: value
         for key, value in (
