@@ -68,14 +68,22 @@ def of(sites: tuple[str, ...]) -> list[str]:
 
 @dataclass
 class Scene:
-    """A fleet of two, and how to kill one of its processes at a point."""
+    """A fleet of two, and how to kill one of its processes at a point.
+
+    Attributes:
+        before: session numbers of agents when they were killed.
+    """
 
     site: ScriptedSite
     devices: list[str] = field(default_factory=lambda: ["left", "right"])
+    before: dict[str, int] = field(default_factory=dict)
 
     def restart_armed(self, name: str, point: str) -> None:
         """Kill it, and start it again so that it will die at the point."""
         if name in self.site.processes:
+            # What is seen of it until the server notices is of the process that is being killed.
+            if (sid := self.site.sids().get(name)) is not None:
+                self.before[name] = sid
             self.site.kill(name)
         self.site.environment = {DIE_AT: point}
         self._start(name)
@@ -97,7 +105,7 @@ class Scene:
 
     def wait_for_fleet(self) -> None:
         """Until everybody is connected and known."""
-        self.site.wait_until_all_are_back(self.devices, after={})
+        self.site.wait_until_all_are_back(self.devices, after=self.before)
 
     def launch(self, *, rounds: int, model: str = "tiny") -> str | None:
         """A run, unless the server dies while it is asked for one."""
