@@ -277,6 +277,7 @@ class Coordinator:
                 steps=plan.steps,
                 predicted_s=plan.predicted_s,
                 factors=plan.factors,
+                quantised_layers=plan.quantised_layers,
                 base=self.prefix.base(plan.lora.depth),
                 prefix=self.prefix.prefix(plan.lora.depth),
             )

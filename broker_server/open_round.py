@@ -226,6 +226,7 @@ class OpenRound:
             assignment_id=part.assignment_id,
             ranks=part.ranks,
             factors=part.factors,
+            quantised_layers=part.quantised_layers,
             steps=part.steps,
             deadline_s=min(LONGEST_ROUND_S, max(1.0, self.until - now)),
             seed=int.from_bytes(seed[:4], "big"),

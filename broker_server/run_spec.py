@@ -38,6 +38,7 @@ StrategyName = Literal[
     "hetlora",
     "flexlora",
     "fedadapter",
+    "fedquad",
     "ffa",
     "rolora",
 ]

@@ -80,6 +80,7 @@ class MemberCheckpoint(BaseModel):
     steps: int
     predicted_s: float
     factors: Factors = "both"
+    quantised_layers: int = 0
     base: BlobRef | None = None
     prefix: Prefix | None = None
 

@@ -28,7 +28,7 @@ from edge_agent.frozen_prefix import PrefixCache
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
-from wire_protocol.lora import BYTES_PER_VALUE, Codec
+from wire_protocol.lora import BYTES_PER_VALUE, Codec, quantising_token_layers
 from wire_protocol.messages import RoundStart, TrainingRecipe
 from wire_protocol.parts import StepReport
 from wire_protocol.records import Columns
@@ -199,6 +199,7 @@ class SimulatedTrainer:
             dataset_file=self._data.train_file,
             columns=self._data.columns,
             factors=start.factors,
+            quantised_layers=start.quantised_layers,
         )
 
 
@@ -243,14 +244,22 @@ class VirtualSteps:
 
     def _forward_token_layers(self) -> tuple[list[int], list[VirtualCache]]:
         """Token-layer pairs of each step's forward pass, and the cache after each step."""
-        layers = self._assignment.start.lora.layer_count
+        start = self._assignment.start
+        layers = start.lora.layer_count
+        quantising = [
+            quantising_token_layers(tokens, start.quantised_layers) for tokens in self._tokens
+        ]
         boundary = layers - self._depth
-        if self._assignment.start.prefix is None or boundary == 0:
-            return [tokens * layers for tokens in self._tokens], [self._cache] * len(self._tokens)
+        if start.prefix is None or boundary == 0:
+            pairs = [
+                tokens * layers + more
+                for tokens, more in zip(self._tokens, quantising, strict=True)
+            ]
+            return pairs, [self._cache] * len(pairs)
         book = CacheBook(self._cache, boundary, self._lengths)
         pairs, caches = [], []
-        for batch, tokens in zip(self._batches, self._tokens, strict=True):
-            pairs.append(book.visit(batch) + tokens * self._depth)
+        for batch, tokens, more in zip(self._batches, self._tokens, quantising, strict=True):
+            pairs.append(book.visit(batch) + tokens * self._depth + more)
             caches.append(book.after())
         return pairs, caches
 
@@ -288,7 +297,9 @@ class VirtualSteps:
             download_bytes=self.download_bytes,
             upload_s=upload_s,
             upload_bytes=len(update),
-            peak_memory_bytes=cost.peak_memory_bytes(largest, self._depth),
+            peak_memory_bytes=cost.peak_memory_bytes(
+                largest, self._depth, self._assignment.start.quantised_layers
+            ),
             batch_size=report.batch_size,
             gradient_checkpointing=report.gradient_checkpointing,
             first_loss=report.first_loss,

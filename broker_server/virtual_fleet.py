@@ -18,6 +18,7 @@ from broker_server.simulation_spec import Availability
 from profiles.loader import load_board
 from profiles.power import training_watts
 from profiles.schema import FleetDevices, FleetProfile
+from wire_protocol.lora import kept_layers
 from wire_protocol.messages import Birth
 from wire_protocol.model_family import ModelShape
 from wire_protocol.parts import (
@@ -88,9 +89,9 @@ class ModelCost:
         """
         return self._flops_per_token_layer * tokens * depth / flops_per_s
 
-    def peak_memory_bytes(self, tokens: int, depth: int) -> int:
+    def peak_memory_bytes(self, tokens: int, depth: int, quantised: int = 0) -> int:
         """Memory of a step over ``tokens`` tokens; see ``KEPT_VALUES``."""
-        kept = self.bytes_per_token * (1 + depth * KEPT_VALUES)
+        kept = self.bytes_per_token * (1 + kept_layers(depth, quantised) * KEPT_VALUES)
         return int(PROCESS_BYTES + self.file_bytes + tokens * kept)
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.lora import LoraConfig
+from wire_protocol.lora import LoraConfig, kept_layers
 from wire_protocol.parts import ComputeReport
 
 CHECKPOINT_KEPT_SHARE = 0.2
@@ -37,6 +37,7 @@ class AdmissionRequest:
     lora: LoraConfig
     batch_size: int
     max_tokens: int
+    quantised_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_tokens < 1:
@@ -63,9 +64,13 @@ class MemoryModel:
             bytes_per_token_layer=compute.memory_bytes_per_token_layer,
         )
 
-    def peak_bytes(self, *, tokens: int, depth: int, gradient_checkpointing: bool) -> float:
+    def peak_bytes(
+        self, *, tokens: int, depth: int, gradient_checkpointing: bool, quantised_layers: int = 0
+    ) -> float:
         """Expected peak of one step over ``tokens`` tokens at ``depth`` trained layers."""
-        layers = 1 + CHECKPOINT_KEPT_SHARE * (depth - 1) if gradient_checkpointing else depth
+        layers = kept_layers(depth, min(depth, quantised_layers))
+        if gradient_checkpointing:
+            layers = 1 + CHECKPOINT_KEPT_SHARE * (depth - 1)
         return self.base_bytes + tokens * (
             self.bytes_per_token + self.bytes_per_token_layer * layers
         )
@@ -100,6 +105,7 @@ def admit(request: AdmissionRequest, memory: MemoryModel, *, budget_bytes: int) 
             tokens=choice.batch_size * request.max_tokens,
             depth=choice.depth,
             gradient_checkpointing=choice.gradient_checkpointing,
+            quantised_layers=request.quantised_layers,
         )
         if needed_bytes <= budget_bytes:
             return _explained(choice, request, budget_bytes)

@@ -39,9 +39,12 @@ from edge_agent.frozen_prefix import FrozenPrefix, PrefixCache
 from edge_agent.layer_range import call_options, given_up
 from edge_agent.peak_memory import is_out_of_memory, peak_bytes, release_memory, reset_peak
 from edge_agent.peft_adapter import AttachedAdapter, attach, delta, detach, set_training_mode
+from edge_agent.precision import autocast_dtype, grad_scaler
+from edge_agent.quantised_activations import quantised
 from edge_agent.round_directory import Recipe, TrainingReport, TrainRequest
 from edge_agent.stretch import Stretch
 from wire_protocol.errors import DeviceError, FailureCode
+from wire_protocol.lora import quantising_token_layers
 from wire_protocol.model_family import layer_of
 from wire_protocol.records import Columns
 from wire_protocol.tensors import Adapter
@@ -172,6 +175,7 @@ def train(
                 precision=limits.precision,
                 stretch=stretch,
                 prefix=prefix,
+                quantised_layers=request.quantised_layers,
             )
             report = _run_steps(step, data, request=request, watch=watch)
         learned = clip_update(delta(attached), request.recipe.clip_norm)
@@ -193,6 +197,7 @@ class TrainingStep:
         precision: ``fp16`` and ``bf16`` take effect on CUDA only.
         stretch: what slows the step down to an imitated board.
         prefix: the frozen layers with their cache; None runs them in every step.
+        quantised_layers: lowest trained layers that keep their activations in eight bits.
     """
 
     def __init__(
@@ -203,12 +208,16 @@ class TrainingStep:
         precision: str,
         stretch: Stretch,
         prefix: Optional[FrozenPrefix] = None,
+        quantised_layers: int = 0,
     ) -> None:
         self._attached = attached
         self._stretch = stretch
         self._prefix = prefix
         self._device = attached.base.device
         self._depth = sum(rank > 0 for rank in attached.ranks)
+        layers = attached.base.layers
+        lowest = len(layers) - self._depth
+        self._quantised = layers[lowest : lowest + quantised_layers]
         self._padding = padding_of(attached.base.tokenizer)
         self._parameters = list(attached.trained.values())
         groups = [{"params": list(attached.lora.values()), "lr": recipe.learning_rate}]
@@ -217,7 +226,7 @@ class TrainingStep:
             groups.append(head)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self._dtype = autocast_dtype(self._device.type, precision)
-        self._scaler = _grad_scaler(enabled=self._dtype is torch.float16)
+        self._scaler = grad_scaler(enabled=self._dtype is torch.float16)
 
     def run(self, batch: Sequence[Tokenised]) -> StepCost:
         """Do one step.
@@ -235,6 +244,7 @@ class TrainingStep:
         began = self._now()
         with contextlib.ExitStack() as stack:
             forward_token_layers = self._enter_frozen(batch, tokens, stack)
+            stack.enter_context(quantised(self._quantised))
             loss = self._loss(inputs)
             measured_s = self._now() - began
             forward_s = self._stretch.forward(forward_token_layers, measured_s=measured_s)
@@ -256,11 +266,12 @@ class TrainingStep:
         self, batch: Sequence[Tokenised], tokens: int, stack: contextlib.ExitStack
     ) -> int:
         """Let the forward pass begin above the frozen layers; its token-layer pairs."""
+        quantising = quantising_token_layers(tokens, len(self._quantised))
         if self._prefix is None:
-            return tokens * self._attached.base.shape.layer_count
+            return quantising + tokens * self._attached.base.shape.layer_count
         states, computed = self._prefix.states(batch)
         stack.enter_context(self._prefix.replacing(states))
-        return computed + tokens * self._depth
+        return quantising + computed + tokens * self._depth
 
     def _loss(self, inputs: Dict[str, Any]) -> Any:
         """Mean cross entropy over classes, or over the tokens that follow each token."""
@@ -380,18 +391,3 @@ def _checkpointing(base: BaseModel, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         base.model.gradient_checkpointing_disable()
-
-
-def autocast_dtype(device_type: str, precision: str) -> Any:
-    """Half precision on CUDA; fp16 where bf16 is asked of a GPU that lacks it."""
-    if device_type != "cuda" or precision == "fp32":
-        return None
-    if precision == "bf16" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float16
-
-
-def _grad_scaler(*, enabled: bool) -> Any:
-    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler("cuda", enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)  # torch before 2.3

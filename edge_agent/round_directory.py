@@ -97,6 +97,7 @@ class TrainRequest:
         ranks: LoRA rank to train at every layer; 0 freezes it.
         deadline_s: seconds from the start of the training command.
         factors: LoRA factors to train: ``both``, ``A`` or ``B``.
+        quantised_layers: lowest trained layers whose activations are kept in eight bits.
         prefix: what lies below the trained layers, if it stays for many rounds.
         residual_file: what a coarse codec left out of this run's updates so far; None forgets it.
     """
@@ -112,6 +113,7 @@ class TrainRequest:
     dataset_file: Path
     columns: Columns
     factors: str = "both"
+    quantised_layers: int = 0
     prefix: PrefixRequest | None = None
     residual_file: Path | None = None
 
@@ -150,6 +152,7 @@ class TrainRequest:
             dataset_file=Path(dataset["path"]),
             columns=Columns(**dataset["columns"]),
             factors=str(value.get("factors", "both")),
+            quantised_layers=int(value.get("quantised_layers", 0)),
             prefix=PrefixRequest.from_json(value["prefix"]) if value.get("prefix") else None,
             residual_file=Path(value["residual_file"]) if value.get("residual_file") else None,
         )

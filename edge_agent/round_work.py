@@ -174,6 +174,7 @@ def _write_assignment(
         "adapter_file": str(shop.state.blobs / start.adapter.sha256),
         "ranks": ranks,
         "factors": start.factors,
+        "quantised_layers": start.quantised_layers,
         "residual_file": str(shop.state.residual_file(start.run_id)),
         "steps": start.steps,
         "deadline_s": deadline_s,
@@ -250,7 +251,9 @@ def _admit(shop: Workshop, start: RoundStart) -> Admitted:
             depth=start.lora.depth,
             reason="not measured yet",
         )
-    request = AdmissionRequest(start.lora, recipe.batch_size, recipe.max_tokens)
+    request = AdmissionRequest(
+        start.lora, recipe.batch_size, recipe.max_tokens, start.quantised_layers
+    )
     budget_bytes = _budget_bytes(shop)
     return admit(request, MemoryModel.of(compute), budget_bytes=budget_bytes)
 

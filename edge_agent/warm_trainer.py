@@ -17,10 +17,11 @@ import torch
 from edge_agent.base_model import BaseModel, load_base_model
 from edge_agent.dataset import Tokenised
 from edge_agent.error_feedback import COARSE, encode_with_feedback, read_residual
-from edge_agent.finetune import Outcome, Supervision, autocast_dtype, prepare_data, train
+from edge_agent.finetune import Outcome, Supervision, prepare_data, train
 from edge_agent.frozen_prefix import PrefixCache, PrefixGoneError, is_cached
 from edge_agent.layer_range import give_up_below, given_up
 from edge_agent.peak_memory import is_out_of_memory, limit_memory, release_memory
+from edge_agent.precision import autocast_dtype
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.probe import ProbeRequest, benchmark
 from edge_agent.round_directory import (

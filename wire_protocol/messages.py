@@ -168,7 +168,8 @@ class RoundStart(Part):
     other is applied as it is. With ``prefix`` the adapter holds the trained
     layers only, and the device may keep what its frozen layers compute; without
     it the adapter holds every layer, and those that are not trained are applied
-    as they are.
+    as they are. The lowest ``quantised_layers`` trained ones keep what they need
+    for their backward pass in eight bits.
     """
 
     type: Literal["round.start"] = "round.start"
@@ -177,6 +178,7 @@ class RoundStart(Part):
     assignment_id: Identifier
     ranks: tuple[int, ...]
     factors: Literal["both", "A", "B"] = "both"
+    quantised_layers: Count = 0
     steps: int = Field(ge=1)
     deadline_s: float = Field(gt=0, le=1e7)
     seed: Count

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_server.strategies.cost_model import memory_bytes
+from broker_server.strategies.cost_model import layers_to_quantise, memory_bytes
 from broker_server.strategies.strategy import DeviceCapacity, RunShape
 
 _MIB = 1024 * 1024
@@ -34,8 +34,16 @@ class Cohort:
     refused: dict[str, str]
 
 
-def able_cohort(shape: RunShape, devices: Sequence[DeviceCapacity], *, depth_min: int) -> Cohort:
+def able_cohort(
+    shape: RunShape, devices: Sequence[DeviceCapacity], *, depth_min: int, quantise: bool = False
+) -> Cohort:
     """Sort a cohort by device_id and part those who cannot train ``depth_min`` layers.
+
+    Args:
+        shape: what is the same for every device.
+        devices: the cohort in any order.
+        depth_min: k_min.
+        quantise: memory may be spared by quantised activations.
 
     Raises:
         ValueError: a device is listed twice.
@@ -43,29 +51,40 @@ def able_cohort(shape: RunShape, devices: Sequence[DeviceCapacity], *, depth_min
     ordered = sorted(devices, key=lambda device: device.device_id)
     if any(one.device_id == two.device_id for one, two in itertools.pairwise(ordered)):
         raise ValueError("a device is listed twice in the cohort")
-    caps = depth_caps(shape, ordered)
+    caps = depth_caps(shape, ordered, quantise=quantise)
     examples = np.array([device.examples for device in ordered], dtype=np.float64)
     able = (caps >= depth_min) & (examples > 0)
     left_out = [ordered[index] for index in np.flatnonzero(~able)]
     taking_part = [ordered[index] for index in np.flatnonzero(able)]
-    refused = _refusals(shape, left_out, depth_min)
+    refused = _refusals(shape, left_out, depth_min, quantise=quantise)
     return Cohort(taking_part, caps[able], examples[able], refused)
 
 
-def depth_caps(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.int64]:
+def depth_caps(
+    shape: RunShape, devices: Sequence[DeviceCapacity], *, quantise: bool = False
+) -> NDArray[np.int64]:
     """Deepest LoRA that each device's memory holds, (n,); 0 for none.
 
     kmax_i = max {k : memory_i(k) <= M_i}
     """
     budget = np.array([device.memory_budget_bytes for device in devices], dtype=np.float64)
-    fits = memory_bytes(shape, devices) <= budget[:, np.newaxis]
+    fits = _least_memory(shape, devices, quantise=quantise) <= budget[:, np.newaxis]
     caps: NDArray[np.int64] = np.count_nonzero(fits, axis=1)
     return caps
 
 
-def _refusals(shape: RunShape, devices: Sequence[DeviceCapacity], depth_min: int) -> dict[str, str]:
+def _least_memory(
+    shape: RunShape, devices: Sequence[DeviceCapacity], *, quantise: bool
+) -> NDArray[np.float64]:
+    quantised = layers_to_quantise(shape, devices) if quantise else None
+    return memory_bytes(shape, devices, quantised=quantised)
+
+
+def _refusals(
+    shape: RunShape, devices: Sequence[DeviceCapacity], depth_min: int, *, quantise: bool
+) -> dict[str, str]:
     """One sentence for every device that cannot take part."""
-    needed = memory_bytes(shape, devices)[:, depth_min - 1].tolist()
+    needed = _least_memory(shape, devices, quantise=quantise)[:, depth_min - 1].tolist()
     no_examples = "it holds no example of this run's dataset; give it data or leave it out"
     return {
         device.device_id: (

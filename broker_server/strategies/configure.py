@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.cohort import able_cohort
-from broker_server.strategies.cost_model import completion_s, mean_waiting_s
+from broker_server.strategies.cost_model import completion_s, mean_waiting_s, quantised_layers
 from broker_server.strategies.strategy import (
     Configuration,
     DeviceCapacity,
@@ -184,6 +184,7 @@ def lora_configuration(
     depth_min: int,
     limit: WaitingLimit = NO_LIMIT,
     factors: Factors = "both",
+    quantise: bool = False,
 ) -> Configuration:
     """Greedy LoRA configuration of a cohort, in O(n L log nL).
 
@@ -194,24 +195,29 @@ def lora_configuration(
         depth_min: k_min, 1..L; L itself gives every device full depth.
         limit: W_max.
         factors: what every device trains.
+        quantise: a device whose memory is too small for a depth quantises
+            activations, of no more layers than it has to.
 
     Raises:
         ValueError: a device is listed twice.
 
     Source: arXiv:2412.20004, greedy LCD algorithm as reconstructed.
     """
-    cohort = able_cohort(shape, devices, depth_min=depth_min)
+    cohort = able_cohort(shape, devices, depth_min=depth_min, quantise=quantise)
     caps = cohort.caps
     if not cohort.devices:
         return Configuration({}, ranks, cohort.refused)
-    times = completion_s(shape, cohort.devices, ranks, factors=factors)
+    times = completion_s(shape, cohort.devices, ranks, factors=factors, quantise=quantise)
     pace_s = greedy_pace(times, caps, depth_min=depth_min, examples=cohort.examples, limit=limit)
     depths = greedy_depths(times, caps, depth_min=depth_min, pace_s=pace_s)
-    predicted = times[np.arange(len(depths)), depths - 1].tolist()
+    chosen = np.arange(len(depths)), depths - 1
+    quantised = quantised_layers(shape, cohort.devices, depths, quantise=quantise)
     configs = {int(depth): LoraConfig.top(int(depth), ranks) for depth in np.unique(depths)}
     plans = {
-        device.device_id: Plan(configs[depth], shape.steps, seconds, factors)
-        for device, depth, seconds in zip(cohort.devices, depths.tolist(), predicted, strict=True)
+        device.device_id: Plan(configs[depth], shape.steps, seconds, factors, layers)
+        for device, depth, seconds, layers in zip(
+            cohort.devices, depths.tolist(), times[chosen].tolist(), quantised, strict=True
+        )
     }
     return Configuration(plans, ranks, cohort.refused)
 

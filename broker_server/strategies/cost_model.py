@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.strategy import DeviceCapacity, Factors, RunShape
+from wire_protocol.lora import QUANTISED_KEPT, QUANTISED_WORK
 
 BELIEVED_WATTS = 20.0
 """Between the boards of one fleet lies no more than this, either way."""
@@ -78,6 +79,7 @@ def completion_s(
     *,
     global_ranks: Sequence[int] | None = None,
     factors: Factors = "both",
+    quantise: bool = False,
 ) -> NDArray[np.float64]:
     """Seconds from assignment to update for every device and depth, (n, L).
 
@@ -92,6 +94,7 @@ def completion_s(
         ranks: that are trained and sent, at every layer.
         global_ranks: that are loaded, at every layer; None for the same.
         factors: that are sent.
+        quantise: see ``step_s``.
 
     Source: arXiv:2412.20004, eq. 1 as reconstructed; per token and byte by us.
     """
@@ -99,17 +102,27 @@ def completion_s(
     down_bytes = download_bytes(shape, devices, loaded)
     exchange = _column(devices, "round_trip_s") + down_bytes / _column(devices, "down_bytes_per_s")
     up_bytes = upload_bytes(shape, ranks, factors=factors)
-    work = shape.steps * step_s(shape, devices)
+    work = shape.steps * step_s(shape, devices, quantise=quantise)
     return exchange + work + up_bytes / _column(devices, "up_bytes_per_s")
 
 
-def step_s(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
+def step_s(
+    shape: RunShape, devices: Sequence[DeviceCapacity], *, quantise: bool = False
+) -> NDArray[np.float64]:
     """Seconds of one local step for every device and depth, (n, L).
 
     T (F_i (k + frozen(k)) + mu_i k); see ``prefix_layers``.
+
+    Args:
+        shape: what is the same for every device.
+        devices: in the order of the rows.
+        quantise: as many layers as memory asks for keep their activations in eight
+            bits, each at ``QUANTISED_WORK`` of its forward pass.
     """
     depth = np.arange(1, shape.layer_count + 1)
     layers = depth + prefix_layers(shape, devices)
+    if quantise:
+        layers = layers + QUANTISED_WORK * layers_to_quantise(shape, devices)
     forward = layers * _column(devices, "forward_s_per_token_layer")
     backward = _column(devices, "backward_s_per_token_layer") * depth
     return shape.tokens_per_step * (forward + backward)
@@ -129,18 +142,63 @@ def training_watts(devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
     )
 
 
-def memory_bytes(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.float64]:
-    """Peak memory of a local step for every device and depth, (n, L).
+def layers_to_quantise(shape: RunShape, devices: Sequence[DeviceCapacity]) -> NDArray[np.int64]:
+    """Fewest layers to quantise so that a depth fits into memory, (n, L).
 
-    memory_i(k) = base + peak tokens * (per token + per token and layer * k)
+    All k of them where even that is not enough. The last of them spares
+    nothing, see ``wire_protocol.lora.kept_layers``.
 
-    The memory side of (4). LoRA weights and their optimiser state count as
-    part of the base: they are a few percent of the activations.
+    Source: FedQuad, arXiv:2506.01001: depth and quantised layers chosen greedily
+    under memory; that the fewest are best follows from our costs.
     """
     depth = np.arange(1, shape.layer_count + 1)
+    budget = _column(devices, "memory_budget_bytes")
+    per_layer = _column(devices, "memory_bytes_per_token_layer") * (1.0 - QUANTISED_KEPT)
+    excess = memory_bytes(shape, devices) - budget
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        spared = np.ceil(excess / (shape.peak_tokens_per_step * per_layer))
+    needed = np.where(excess > 0, np.minimum(spared + 1.0, depth), 0.0).astype(np.int64)
+    # The division may have been rounded down to one layer too few.
+    short = memory_bytes(shape, devices, quantised=needed) > budget
+    return np.where(short, np.minimum(needed + 1, depth), needed)
+
+
+def quantised_layers(
+    shape: RunShape,
+    devices: Sequence[DeviceCapacity],
+    depths: NDArray[np.int64],
+    *,
+    quantise: bool,
+) -> list[int]:
+    """How many layers each device quantises at its depth; none unless ``quantise``."""
+    if not quantise:
+        return [0] * len(devices)
+    chosen: list[int] = layers_to_quantise(shape, devices)[
+        np.arange(len(devices)), depths - 1
+    ].tolist()
+    return chosen
+
+
+def memory_bytes(
+    shape: RunShape,
+    devices: Sequence[DeviceCapacity],
+    *,
+    quantised: NDArray[np.int64] | None = None,
+) -> NDArray[np.float64]:
+    """Peak memory of a local step for every device and depth, (n, L).
+
+    memory_i(k) = base + peak tokens * (per token + per token and layer * kept(k))
+
+    The memory side of (4); ``kept`` is k, or less with ``quantised`` layers, (n, L).
+    LoRA weights and their optimiser state count as part of the base: they are a few
+    percent of the activations.
+    """
+    kept = np.arange(1, shape.layer_count + 1, dtype=np.float64)
+    if quantised is not None:
+        kept = kept - (1.0 - QUANTISED_KEPT) * np.maximum(quantised - 1, 0)
     per_token = (
         _column(devices, "memory_bytes_per_token")
-        + _column(devices, "memory_bytes_per_token_layer") * depth
+        + _column(devices, "memory_bytes_per_token_layer") * kept
     )
     return _column(devices, "memory_base_bytes") + shape.peak_tokens_per_step * per_token
 

@@ -16,6 +16,7 @@ from broker_server.strategies.cohort import Cohort, able_cohort
 from broker_server.strategies.cost_model import (
     completion_s,
     download_bytes,
+    quantised_layers,
     step_s,
     training_watts,
     upload_bytes,
@@ -62,6 +63,7 @@ class DeadlineChoice:
         factors: what every device trains.
         previous: of an earlier round; None to decide afresh.
         for_all: nobody may be left out.
+        quantise: see ``configure.lora_configuration``.
     """
 
     ranks: tuple[int, ...]
@@ -70,6 +72,7 @@ class DeadlineChoice:
     factors: Factors = "both"
     previous: Decided | None = None
     for_all: bool = False
+    quantise: bool = False
 
 
 def deadline_configuration(
@@ -85,7 +88,7 @@ def deadline_configuration(
     Raises:
         ValueError: a device is listed twice.
     """
-    cohort = able_cohort(shape, devices, depth_min=choice.depth_min)
+    cohort = able_cohort(shape, devices, depth_min=choice.depth_min, quantise=choice.quantise)
     if not cohort.devices:
         return Configuration({}, choice.ranks, cohort.refused), None
     times = _cohort_times(shape, cohort, choice)
@@ -96,15 +99,18 @@ def deadline_configuration(
     depths, steps = depths_and_steps(
         times, pace_s, previous=_previous(cohort, before), hysteresis=rule.hysteresis
     )
-    plans = _plans(cohort, times, choice, depths, steps)
+    quantised = quantised_layers(shape, cohort.devices, depths, quantise=choice.quantise)
+    plans = _plans(cohort, times, choice, depths, steps, quantised)
     names = map(operator.attrgetter("device_id"), cohort.devices)
     decided = Decided(pace_s, dict(zip(names, depths.tolist(), strict=True)))
     return Configuration(plans, choice.ranks, cohort.refused), decided
 
 
 def _cohort_times(shape: RunShape, cohort: Cohort, choice: DeadlineChoice) -> CohortTimes:
-    full = completion_s(shape, cohort.devices, choice.ranks, factors=choice.factors)
-    a_step = step_s(shape, cohort.devices)[:, choice.depth_min - 1]
+    full = completion_s(
+        shape, cohort.devices, choice.ranks, factors=choice.factors, quantise=choice.quantise
+    )
+    a_step = step_s(shape, cohort.devices, quantise=choice.quantise)[:, choice.depth_min - 1]
     steps = step_choices(shape.steps)
     saved = (shape.steps - np.array(steps)) * a_step[:, np.newaxis]
     partial = full[:, choice.depth_min - 1, np.newaxis] - saved
@@ -124,7 +130,8 @@ def _cohort_costs(
         full = full + upload_bytes(shape, choice.ranks, factors=choice.factors)
         # Fewer steps save no byte.
         return CohortCosts(full, np.repeat(full[:, column, np.newaxis], len(steps), axis=1))
-    a_step = training_watts(cohort.devices) * step_s(shape, cohort.devices)
+    a_step = step_s(shape, cohort.devices, quantise=choice.quantise)
+    a_step = training_watts(cohort.devices) * a_step
     return CohortCosts(shape.steps * a_step, a_step[:, column, np.newaxis] * np.array(steps))
 
 
@@ -141,15 +148,23 @@ def _plans(
     choice: DeadlineChoice,
     depths: NDArray[np.int64],
     steps: NDArray[np.int64],
+    quantised: list[int],
 ) -> dict[str, Plan]:
     rows = np.arange(len(depths))
     column = np.searchsorted(np.array(times.steps), np.maximum(steps, 1))
     whole = steps == times.steps[-1]
     predicted = np.where(whole, times.full[rows, depths - 1], times.partial[rows, column])
     configs = {int(depth): LoraConfig.top(int(depth), choice.ranks) for depth in np.unique(depths)}
-    table = zip(cohort.devices, depths.tolist(), steps.tolist(), predicted.tolist(), strict=True)
+    table = zip(
+        cohort.devices,
+        depths.tolist(),
+        steps.tolist(),
+        predicted.tolist(),
+        quantised,
+        strict=True,
+    )
     return {
-        device.device_id: Plan(configs[depth], count, seconds, choice.factors)
-        for device, depth, count, seconds in table
+        device.device_id: Plan(configs[depth], count, seconds, choice.factors, layers)
+        for device, depth, count, seconds, layers in table
         if count
     }

@@ -29,7 +29,7 @@ from broker_server.strategies.deadline_configure import (
     deadline_configuration,
 )
 from broker_server.strategies.factors import ALLOWED, FactorSchedule, factors_in
-from broker_server.strategies.options import choice, integer, number, optional, share
+from broker_server.strategies.options import choice, integer, number, optional, share, switch
 from broker_server.strategies.server_optimizer import (
     OptimizerName,
     ServerOptimizer,
@@ -56,6 +56,7 @@ LEGEND_OPTIONS = {
     "factors": choice("both", "B", "alternating"),
     "server_optimizer": choice("none", "momentum", "adam", "yogi"),
     "server_momentum": number(0, 1),
+    "quantise_activations": switch(),
     "pace": choice("slowest", "deadline"),
     "coverage_target": share(),
     "participation_min": share(),
@@ -85,6 +86,8 @@ class Legend:
         factors: schedule of the LoRA factors.
         server_optimizer: how the server follows the mean of the updates.
         server_momentum: b1 of the server optimizer.
+        quantise_activations: a device whose memory is too small for a depth
+            keeps the activations of some of its layers in eight bits.
         pace: ``slowest``, the paper's, or ``deadline``, see ``rule``.
         rule: how a deadline is judged; not used by ``slowest``.
 
@@ -108,6 +111,7 @@ class Legend:
     factors: FactorSchedule = "both"
     server_optimizer: OptimizerName = "none"
     server_momentum: float = 0.9
+    quantise_activations: bool = False
     pace: Literal["slowest", "deadline"] = "slowest"
     rule: DeadlineRule = field(default_factory=DeadlineRule)
     _optimizer: ServerOptimizer | None = field(default=None, init=False, compare=False, repr=False)
@@ -165,6 +169,7 @@ class Legend:
             depth_min=self._smallest_depth(shape.layer_count),
             limit=WaitingLimit(self.waiting_max_s, self.waiting_max_share),
             factors=factors_in(self.factors, round_number),
+            quantise=self.quantise_activations,
         )
 
     def begin(self, global_adapter: Adapter) -> HolderMean:
@@ -203,6 +208,7 @@ class Legend:
                 factors=factors_in(self.factors, round_number),
                 previous=None if earlier is None else self._decided[earlier],
                 for_all=for_all,
+                quantise=self.quantise_activations,
             ),
         )
         kept = {} if earlier is None else {earlier: self._decided[earlier]}

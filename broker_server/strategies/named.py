@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from broker_server.strategies.fedadapter import FEDADAPTER_OPTIONS, FedAdapter
 from broker_server.strategies.fedlora import FEDLORA_OPTIONS, FedLora
+from broker_server.strategies.fedquad import FEDQUAD_OPTIONS, fed_quad
 from broker_server.strategies.legend import (
     LEGEND_OPTIONS,
     PAPER_OPTIONS,
@@ -25,6 +26,7 @@ _STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, Reader]]] 
     "hetlora": (het_lora, TIERED_OPTIONS),
     "flexlora": (flex_lora, TIERED_OPTIONS),
     "fedadapter": (FedAdapter, FEDADAPTER_OPTIONS),
+    "fedquad": (fed_quad, FEDQUAD_OPTIONS),
     "ffa": (ffa_lora, FEDLORA_OPTIONS),
     "rolora": (ro_lora, FEDLORA_OPTIONS),
 }

@@ -67,6 +67,17 @@ def choice(*names: str) -> Reader:
     return read
 
 
+def switch() -> Reader:
+    """True or false."""
+
+    def read(value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+
+    return read
+
+
 def optional(reader: Reader) -> Reader:
     """What ``reader`` takes, or null."""
 

@@ -142,12 +142,14 @@ class Plan:
     Attributes:
         predicted_s: completion time, from assignment to update (eq. 1).
         factors: what of every trained layer is trained; the head always is.
+        quantised_layers: lowest trained layers that keep their activations in eight bits.
     """
 
     lora: LoraConfig
     steps: int
     predicted_s: float
     factors: Factors = "both"
+    quantised_layers: int = 0
 
 
 @dataclass(frozen=True)

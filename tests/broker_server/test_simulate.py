@@ -11,7 +11,8 @@ import pytest
 
 from broker_server.run_state import RunStatus
 from broker_server.simulation_folder import SimulationState
-from tests.support.simulations import WORDS, specification, write_simulation
+from broker_server.virtual_fleet import ModelCost
+from tests.support.simulations import FLEET, WORDS, specification, write_simulation
 from wire_protocol.errors import ConfigError
 from wire_protocol.model_family import model_shape
 
@@ -199,3 +200,27 @@ def test_two_held_out_files_decide_and_report_apart(spec_path: Path, tmp_path: P
     assert tested == [x["test_accuracy"] for x in metrics]
     assert {x["accuracy"] for x in metrics} <= {0.0, 0.5, 1.0}
     assert [x["loss"] for x in metrics] != [x["test_loss"] for x in metrics]
+
+
+def test_quantised_activations_let_a_fleet_train_what_its_memory_would_not_hold(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    from broker_server.base_model import read_base_model  # noqa: PLC0415 - imports torch
+
+    model = read_base_model(model_dir)
+    cost = ModelCost(model.shape, model.digest, model.size_bytes)
+    tokens = 4 * 16
+    # All three layers need three; quantised, 3 - 0.73 * 2 of them.
+    limit = cost.peak_memory_bytes(tokens, 3, quantised=3) + 100
+    assert limit < cost.peak_memory_bytes(tokens, 2)
+    fleet = {**FLEET, "devices": [{**one, "memory_limit_bytes": limit} for one in FLEET["devices"]]}
+    path = write_simulation(tmp_path / "tight", model_dir, fleet=fleet)
+
+    refused = run(path, tmp_path / "legend", "strategy_options.depth_min=3")
+    quantised = run(path, tmp_path / "fedquad", "strategy=fedquad", "strategy_options.depth_min=3")
+
+    assert refused.status is RunStatus.FAILED
+    assert "needs" in refused.reason
+    assert quantised.status is RunStatus.FINISHED
+    trained = lines(tmp_path / "fedquad", "assignments.jsonl")
+    assert {(line["depth"], line["status"]) for line in trained} == {(3, "updated")}

@@ -24,6 +24,7 @@ from tests.support.tiny_models import (
     write_assignment,
     write_reviews,
 )
+from wire_protocol.lora import quantising_token_layers
 from wire_protocol.model_family import FAMILIES, layer_of
 
 pytestmark = pytest.mark.train
@@ -117,6 +118,23 @@ def test_gradient_checkpointing_gives_the_same_update(base: BaseModel, tmp_path:
     checkpointed = run_round(base, tmp_path / "b", columns, gradient_checkpointing=True)
     for name in plain.delta:
         np.testing.assert_allclose(plain.delta[name], checkpointed.delta[name], atol=1e-5)
+
+
+def test_quantised_activations_change_gradients_a_little_and_no_forward_pass(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    columns = {"text": "text", "label": "label"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = run_round(base, tmp_path / "a", columns, steps=1)
+    rounded = run_round(base, tmp_path / "b", columns, steps=1, quantised_layers=2)
+    assert rounded.report.first_loss == plain.report.first_loss
+    assert any(not np.array_equal(plain.delta[name], rounded.delta[name]) for name in plain.delta)
+    # What rounding costs is told, so that the server can reckon with it.
+    work = quantising_token_layers(plain.report.tokens, 2)
+    assert plain.report.forward_token_layers is not None
+    assert rounded.report.forward_token_layers == plain.report.forward_token_layers + work > work
+    assert all("forward" not in vars(layer) for layer in base.layers)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
