@@ -34,7 +34,7 @@ test: venv mosquitto postgresql ## Every test, attacks in their short form; thos
 test-fast: venv ## The tests that need no service, no training and attack nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/trust -m "not integration and not e2e and not train and not ansible"
 
-test-ansible: venv lab ## Lint the roles and provision virtual hosts (root; boots them with systemd-nspawn)
+test-ansible: venv lab ## Lint the roles and provision virtual hosts (root; LEGEND_LAB=short: without PyTorch)
 	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[ansible]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ansible
 

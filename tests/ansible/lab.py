@@ -30,12 +30,8 @@ PACKAGES = (
     "iproute2,ca-certificates,procps,kmod"
 )
 NOT_IN_A_CONTAINER = (
-    "systemd-networkd.service",
-    "systemd-networkd.socket",
-    "systemd-resolved.service",
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "e2scrub_all.timer",
+    *("systemd-networkd.service", "systemd-networkd.socket", "systemd-resolved.service"),
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer"),
 )
 NVPMODEL_CONF = """\
 < POWER_MODEL ID=0 NAME=MAXN >
