@@ -17,6 +17,12 @@ which are computed once a round for every example instead of at every visit."""
 
 WITH_PARTS = "+parts"
 
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "fedadapter": {"strategy_options": {"prefix_mode": "pretrained"}},
+}
+"""What a baseline brings beside its strategy: FedAdapter its cache of activations, whose
+prefix nobody trains, because all devices have the same depth."""
+
 OURS: Mapping[str, Any] = {
     **PARTS,
     "strategy_options": {**PARTS["strategy_options"], "pace": "deadline"},
@@ -43,6 +49,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-codec": {**OURS, "codec": "fp32", "adapter_codec": "fp32"},
     "no-deadline": _without("pace"),
     "int4": {**OURS, "codec": "int4"},
+    "int4-both": {**OURS, "codec": "int4", "adapter_codec": "int4"},
     "momentum": _without(server_optimizer="momentum", server_learning_rate=0.2),
     "alternating": _without(factors="alternating"),
 }
@@ -77,4 +84,4 @@ def settings_of(method: str, layer_count: int) -> dict[str, Any]:
     strategy, plus, rest = method.partition("+")
     if strategy not in STRATEGY_NAMES or plus + rest not in ("", WITH_PARTS):
         raise KeyError(", ".join((*STRATEGY_NAMES, *ABLATIONS)))
-    return {"strategy": strategy, **(PARTS if plus else {})}
+    return {"strategy": strategy, **(PARTS if plus else PUBLISHED.get(strategy, {}))}
