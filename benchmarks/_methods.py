@@ -23,11 +23,6 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 """What a baseline brings beside its strategy: FedAdapter its cache of activations, whose
 prefix nobody trains, because all devices have the same depth."""
 
-OURS: Mapping[str, Any] = {
-    **PARTS,
-    "strategy_options": {**PARTS["strategy_options"], "pace": "deadline"},
-}
-
 ALL_LAYERS = object()
 """Stands for the number of layers of the base model."""
 
@@ -36,22 +31,21 @@ METHODS = ("legend", "legend-paper", *BASELINES)
 """``legend`` is ours with everything; the others are as published."""
 
 
-def _without(*options: str, **changes: Any) -> Mapping[str, Any]:
-    kept = {name: value for name, value in OURS["strategy_options"].items() if name not in options}
-    return {**OURS, "strategy_options": {**kept, **changes}}
+def _options(**options: Any) -> Mapping[str, Any]:
+    return {"strategy_options": options}
 
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "legend": OURS,
-    "no-depth": _without(depth_min=ALL_LAYERS),
-    "no-ranks": _without(rank_min=7, rank_step=0),
-    "no-cache": _without("prefix_mode", "prefix_every"),
-    "no-codec": {**OURS, "codec": "fp32", "adapter_codec": "fp32"},
-    "no-deadline": _without("pace"),
-    "int4": {**OURS, "codec": "int4"},
-    "int4-both": {**OURS, "codec": "int4", "adapter_codec": "int4"},
-    "momentum": _without(server_optimizer="momentum", server_learning_rate=0.2),
-    "alternating": _without(factors="alternating"),
+    "legend": {},
+    "no-depth": _options(depth_min=ALL_LAYERS),
+    "no-ranks": _options(rank_min=7, rank_step=0),
+    "no-cache": _options(prefix_mode="synced"),
+    "no-codec": {"codec": "fp32", "adapter_codec": "fp32"},
+    "no-deadline": _options(pace="slowest"),
+    "int4": {"codec": "int4"},
+    "int4-both": {"codec": "int4", "adapter_codec": "int4"},
+    "momentum": _options(server_optimizer="momentum", server_learning_rate=0.2),
+    "alternating": _options(factors="alternating"),
 }
 """``legend`` with one part taken away or added.
 
@@ -76,7 +70,7 @@ def settings_of(method: str, layer_count: int) -> dict[str, Any]:
     """
     if method in ABLATIONS:
         chosen = {"strategy": "legend", **ABLATIONS[method]}
-        options = chosen["strategy_options"].items()
+        options = chosen.get("strategy_options", {}).items()
         chosen["strategy_options"] = {
             name: layer_count if value is ALL_LAYERS else value for name, value in options
         }

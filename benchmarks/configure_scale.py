@@ -35,8 +35,8 @@ SHAPE = RunShape(
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "legend": ("legend", {}),
+    "legend-paper": ("legend-paper", {}),
     "legend-waiting": ("legend", {"waiting_max_share": 0.05}),
-    "legend-deadline": ("legend", {"pace": "deadline"}),
     "fedlora": ("fedlora", {}),
     "hetlora": ("hetlora", {}),
 }
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--strategy", choices=list(VARIANTS), action="append")
     arguments = parser.parse_args()
-    default = ["legend", "legend-deadline"] if arguments.quick else list(VARIANTS)
+    default = ["legend", "legend-paper"] if arguments.quick else list(VARIANTS)
     results = measure(arguments.strategy or default, repeats=1 if arguments.quick else 3)
     summary = results["summary"]
     print(

@@ -20,6 +20,7 @@ from pydantic import (
     JsonValue,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from wire_protocol.errors import ConfigError
@@ -43,6 +44,11 @@ StrategyName = Literal[
     "rolora",
 ]
 """Written out, because this module is read where NumPy need not be installed."""
+
+CODECS: Mapping[str, Mapping[str, Codec]] = {
+    "legend": {"codec": Codec.INT8, "adapter_codec": Codec.INT8}
+}
+"""How numbers are written where a run does not say: by strategy, fp32 for the papers."""
 
 
 class _Strict(BaseModel):
@@ -126,6 +132,15 @@ class RunOptions(_Strict):
     target_accuracy: float | None = Field(default=None, gt=0, le=1)
     privacy: PrivacySettings | None = None
     seed: Count = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codecs_are_those_of_the_strategy(cls, document: Any) -> Any:
+        if not isinstance(document, Mapping):
+            return document
+        strategy = document.get("strategy", cls.model_fields["strategy"].default)
+        # Whatever a person wrote there, it is not looked up before it is checked.
+        return {**CODECS.get(str(strategy), {}), **document}
 
     @field_validator("labels")
     @classmethod

@@ -230,11 +230,16 @@ class Legend:
 
 
 def legend(**options: Any) -> Legend:
-    """LEGEND from flat options: those of ``DeadlineRule`` beside those of ``Legend``.
+    """LEGEND with what is ours: a deadline sets the pace, unless waiting is limited instead.
+
+    Args:
+        options: flat: those of ``DeadlineRule`` beside those of ``Legend``.
 
     Raises:
         ConfigError: see ``Legend``.
     """
+    if options.keys().isdisjoint({"waiting_max_s", "waiting_max_share"}):
+        options.setdefault("pace", "deadline")
     names = {one.name for one in fields(DeadlineRule)}
     rule = {name: options.pop(name) for name in names & options.keys()}
     return Legend(**options, rule=DeadlineRule(**rule))

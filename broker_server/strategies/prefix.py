@@ -24,9 +24,6 @@ PREFIX_OPTIONS: Mapping[str, Reader] = {
 }
 """What every strategy takes beside its own options."""
 
-DEFAULT_MODE: Mapping[str, PrefixMode] = {}
-"""By strategy; ``synced`` for those that are not named."""
-
 
 @dataclass(frozen=True)
 class PrefixRule:
@@ -51,6 +48,9 @@ class PrefixRule:
 
 SYNCED = PrefixRule()
 
+DEFAULT_RULE: Mapping[str, PrefixRule] = {"legend": PrefixRule("periodic", every=1)}
+"""By strategy; ``synced`` for those that are not named."""
+
 
 def prefix_rule(
     strategy: str, options: Mapping[str, object]
@@ -70,5 +70,6 @@ def prefix_rule(
     ours = {name: value for name, value in options.items() if name in PREFIX_OPTIONS}
     rest = {name: value for name, value in options.items() if name not in PREFIX_OPTIONS}
     read: dict[str, Any] = read_options(strategy, PREFIX_OPTIONS, ours)
-    mode = read.get("prefix_mode", DEFAULT_MODE.get(strategy, "synced"))
-    return PrefixRule(mode, read.get("prefix_every", PrefixRule.every)), rest
+    default = DEFAULT_RULE.get(strategy, SYNCED)
+    mode = read.get("prefix_mode", default.mode)
+    return PrefixRule(mode, read.get("prefix_every", default.every)), rest

@@ -42,8 +42,22 @@ def test_a_short_file_gets_the_defaults_and_the_name_of_the_file(tmp_path: Path)
     assert spec.name == "triage"
     assert (spec.strategy, spec.rounds, spec.local_steps, spec.batch_size) == ("legend", 8, 10, 16)
     assert (spec.learning_rate, spec.head_learning_rate) == (1e-3, 5e-3)
-    assert (spec.max_tokens, spec.codec, spec.quorum, spec.seed) == (64, Codec.FP32, 1.0, 0)
+    assert (spec.max_tokens, spec.quorum, spec.seed) == (64, 1.0, 0)
     assert (spec.devices_per_round, spec.deadline_s, spec.target_accuracy) == (None, None, None)
+
+
+def test_legend_sends_eight_bits_and_the_papers_thirty_two_unless_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    def codecs(*overrides: str) -> tuple[Codec, Codec]:
+        spec = load_run_spec(write_run(tmp_path), overrides)
+        return spec.codec, spec.adapter_codec
+
+    assert codecs() == codecs("strategy=legend") == (Codec.INT8, Codec.INT8)
+    assert codecs("strategy=fedlora") == (Codec.FP32, Codec.FP32)
+    assert codecs("codec=int4") == (Codec.INT4, Codec.INT8)
+    with pytest.raises(ConfigError, match="strategy"):
+        codecs("strategy=[legend]")
 
 
 def test_the_held_out_file_is_found_next_to_the_run_file(tmp_path: Path) -> None:

@@ -15,8 +15,16 @@ from wire_protocol.errors import ConfigError
 
 
 def test_a_strategy_without_options_has_its_defaults() -> None:
-    assert strategy_named("legend", {}) == Legend()
+    assert strategy_named("legend", {}) == Legend(pace="deadline")
+    assert strategy_named("legend-paper", {}) == Legend(pace="slowest")
     assert strategy_named("fedlora", {}) == FedLora()
+
+
+def test_a_waiting_limit_takes_the_place_of_the_deadline() -> None:
+    limited = strategy_named("legend", {"waiting_max_s": 3})
+    assert limited == Legend(waiting_max_s=3.0, pace="slowest")
+    with pytest.raises(ConfigError, match="not both"):
+        strategy_named("legend", {"waiting_max_s": 3, "pace": "deadline"})
 
 
 def test_options_reach_the_strategy() -> None:

@@ -127,7 +127,7 @@ def test_watts_are_the_joules_of_training_over_its_seconds() -> None:
 @pytest.mark.parametrize("objective", ["energy", "traffic"])
 def test_an_objective_other_than_time_needs_a_deadline(objective: str) -> None:
     with pytest.raises(ConfigError, match=f"objective {objective} .* needs pace deadline"):
-        strategy_named("legend", {"objective": objective})
+        strategy_named("legend", {"objective": objective, "pace": "slowest"})
     with pytest.raises(ConfigError, match="one of time, energy, traffic"):
         strategy_named("legend", {"objective": "money", "pace": "deadline"})
 

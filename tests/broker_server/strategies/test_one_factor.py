@@ -46,7 +46,7 @@ def test_rolora_alternates_and_begins_with_b() -> None:
 
 
 def test_legend_can_alternate_too() -> None:
-    legend = strategy_named("legend", {"factors": "alternating"})
+    legend = strategy_named("legend", {"factors": "alternating", "pace": "slowest"})
 
     plans = legend.configure(SIX_LAYERS, [device("a")], 2).plans
 
