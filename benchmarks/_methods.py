@@ -46,6 +46,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "int4-both": {"codec": "int4", "adapter_codec": "int4"},
     "momentum": _options(server_optimizer="momentum", server_learning_rate=0.2),
     "alternating": _options(factors="alternating"),
+    "importance": _options(ranks="importance", ranks_every=5),
 }
 """``legend`` with one part taken away or added.
 

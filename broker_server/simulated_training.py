@@ -306,6 +306,7 @@ class VirtualSteps:
             last_loss=report.last_loss,
             forward_token_layers=sum(self._forward[:done]),
             energy_j=None if watts is None else watts * (forward_s + backward_s),
+            layer_gradients=report.layer_gradients,
         )
         duration_s = self._assignment.conditions.round_trip_s + self.download_s
         duration_s += virtual.training_s + upload_s

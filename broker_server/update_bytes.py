@@ -84,4 +84,10 @@ def _received(update: AcceptedUpdate, read: Callable[[str], bytes]) -> Received:
     def tensors() -> Adapter:
         return decode(read(manifest.update.sha256))
 
-    return Received(update.device_id, float(manifest.examples), manifest.report.steps_done, tensors)
+    return Received(
+        update.device_id,
+        float(manifest.examples),
+        manifest.report.steps_done,
+        tensors,
+        manifest.report.layer_gradients or (),
+    )

@@ -36,6 +36,7 @@ from edge_agent.dataset import (
     tokenise_instruction,
 )
 from edge_agent.frozen_prefix import FrozenPrefix, PrefixCache
+from edge_agent.gradient_sizes import GradientSizes
 from edge_agent.layer_range import call_options, given_up
 from edge_agent.peak_memory import is_out_of_memory, peak_bytes, release_memory, reset_peak
 from edge_agent.peft_adapter import AttachedAdapter, attach, delta, detach, set_training_mode
@@ -224,6 +225,7 @@ class TrainingStep:
         if attached.head:
             head = {"params": list(attached.head.values()), "lr": recipe.head_learning_rate}
             groups.append(head)
+        self.gradients = GradientSizes(attached.lora)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self._dtype = autocast_dtype(self._device.type, precision)
         self._scaler = grad_scaler(enabled=self._dtype is torch.float16)
@@ -288,6 +290,7 @@ class TrainingStep:
     def _update(self, loss: Any) -> None:
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimiser)
+        self.gradients.add()
         torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._scaler.step(self._optimiser)
         self._scaler.update()
@@ -334,6 +337,7 @@ def _run_steps(
         first_loss=costs[0].loss,
         last_loss=costs[-1].loss,
         forward_token_layers=sum(cost.forward_token_layers for cost in costs),
+        layer_gradients=step.gradients.per_value(),
     )
 
 

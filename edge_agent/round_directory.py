@@ -170,6 +170,8 @@ class TrainingReport:
         batch_size: of the last step; smaller than asked after a lack of memory.
         forward_token_layers: token-layer pairs of all forward passes; fewer than
             tokens times layers when frozen layers were read back.
+        layer_gradients: root mean square of a value's gradient in each trained layer,
+            the output layer last; None where one was not finite.
     """
 
     steps_done: int
@@ -183,6 +185,7 @@ class TrainingReport:
     first_loss: float
     last_loss: float
     forward_token_layers: int | None = None
+    layer_gradients: tuple[float, ...] | None = None
 
 
 def read_request(round_dir: Path) -> TrainRequest:

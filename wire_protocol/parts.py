@@ -86,6 +86,9 @@ class CapabilityProfile(Part):
     throttled: bool | None = None
 
 
+GradientSize = Annotated[float, Field(ge=0, le=1e30)]
+
+
 class StepReport(Part):
     """What the assignment really cost; feeds the server's capacity estimates.
 
@@ -94,7 +97,9 @@ class StepReport(Part):
     ``forward_token_layers`` counts the token-layer pairs of all forward passes:
     fewer than tokens times layers where frozen layers were read back from a
     cache; None where all of them ran. ``energy_j`` is what the board drew in
-    training, where it can be measured or its profile tells.
+    training, where it can be measured or its profile tells. ``layer_gradients``
+    is the root mean square of a value's gradient in each trained layer, the output
+    layer last.
     """
 
     steps_done: int = Field(ge=1, le=2**53)
@@ -113,3 +118,4 @@ class StepReport(Part):
     last_loss: float = Field(allow_inf_nan=False)
     forward_token_layers: Count | None = None
     energy_j: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    layer_gradients: Annotated[tuple[GradientSize, ...], Field(max_length=512)] | None = None

@@ -51,6 +51,30 @@ class Decided:
     deadline_s: float
     depths: Mapping[str, int]
 
+    def __post_init__(self) -> None:
+        # Only what ``tensors`` can say, so that a run that was resumed decides alike; rounded
+        # up, because a device that is done at the very deadline must stay in time.
+        rounded = np.float32(self.deadline_s)
+        if float(rounded) < self.deadline_s:
+            rounded = np.nextafter(rounded, np.float32(np.inf))
+        object.__setattr__(self, "deadline_s", float(rounded))
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """Everything, to be stored."""
+        depths = {f"depth/{name}": depth for name, depth in self.depths.items()}
+        numbers = {"deadline_s": self.deadline_s, **depths}
+        return {name: np.array([value], dtype=np.float32) for name, value in numbers.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, NDArray[np.float32]]) -> Decided:
+        """What ``tensors`` returned."""
+        depths = {
+            name.removeprefix("depth/"): int(value[0])
+            for name, value in tensors.items()
+            if name.startswith("depth/")
+        }
+        return cls(float(tensors["deadline_s"][0]), depths)
+
 
 @dataclass(frozen=True)
 class DeadlineChoice:

@@ -6,14 +6,14 @@ do nothing for a strategy without memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_server.strategies.strategy import Strategy
+from broker_server.strategies.strategy import Adapter, Strategy
 
 State = Mapping[str, NDArray[np.float32]]
 """Tensors by name, to be stored with a run's checkpoint."""
@@ -54,6 +54,30 @@ class KeepsState(Protocol):
     def restore(self, state: State) -> None:
         """Go on from a stored state."""
         ...
+
+
+@runtime_checkable
+class LearnsRanks(Protocol):
+    """A strategy that gives layers other ranks while a run goes on."""
+
+    def with_learned_ranks(self, adapter: Adapter, gradients: Sequence[Sequence[float]]) -> Adapter:
+        """The new global adapter with the ranks of the next round.
+
+        Args:
+            adapter: as aggregated; called once for every round.
+            gradients: by device, root mean square of a value's gradient in each
+                layer that it trained, the output layer last; empty where unknown.
+        """
+        ...
+
+
+def with_learned_ranks(
+    strategy: Strategy, adapter: Adapter, gradients: Sequence[Sequence[float]]
+) -> Adapter:
+    """See ``LearnsRanks``; the adapter itself for a strategy that does not."""
+    if isinstance(strategy, LearnsRanks):
+        return strategy.with_learned_ranks(adapter, gradients)
+    return adapter
 
 
 def learn_from_round(strategy: Strategy, outcome: RoundOutcome) -> None:

@@ -29,6 +29,7 @@ from broker_server.strategies.deadline_configure import (
     deadline_configuration,
 )
 from broker_server.strategies.factors import ALLOWED, FactorSchedule, factors_in
+from broker_server.strategies.importance import LearnedRanks
 from broker_server.strategies.options import choice, integer, number, optional, share, switch
 from broker_server.strategies.server_optimizer import (
     OptimizerName,
@@ -56,6 +57,8 @@ LEGEND_OPTIONS = {
     "factors": choice("both", "B", "alternating"),
     "server_optimizer": choice("none", "momentum", "adam", "yogi"),
     "server_momentum": number(0, 1),
+    "ranks": choice("arithmetic", "importance"),
+    "ranks_every": integer(1),
     "quantise_activations": switch(),
     "pace": choice("slowest", "deadline"),
     "coverage_target": share(),
@@ -86,6 +89,9 @@ class Legend:
         factors: schedule of the LoRA factors.
         server_optimizer: how the server follows the mean of the updates.
         server_momentum: b1 of the server optimizer.
+        ranks: ``arithmetic``, or decided anew by the gradients that devices report,
+            with the same sum.
+        ranks_every: rounds between two such decisions.
         quantise_activations: a device whose memory is too small for a depth
             keeps the activations of some of its layers in eight bits.
         pace: ``slowest``, the paper's, or ``deadline``, see ``rule``.
@@ -111,10 +117,13 @@ class Legend:
     factors: FactorSchedule = "both"
     server_optimizer: OptimizerName = "none"
     server_momentum: float = 0.9
+    ranks: Literal["arithmetic", "importance"] = "arithmetic"
+    ranks_every: int = 10
     quantise_activations: bool = False
     pace: Literal["slowest", "deadline"] = "slowest"
     rule: DeadlineRule = field(default_factory=DeadlineRule)
     _optimizer: ServerOptimizer | None = field(default=None, init=False, compare=False, repr=False)
+    _learned: LearnedRanks | None = field(default=None, init=False, compare=False, repr=False)
     _decided: dict[int, Decided] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -137,14 +146,18 @@ class Legend:
             momentum=self.server_momentum,
         )
         object.__setattr__(self, "_optimizer", optimizer)
+        if self.ranks == "importance":
+            object.__setattr__(self, "_learned", LearnedRanks(self.ranks_every, self.rho))
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
-        """Arithmetic ranks, highest at the output.
+        """Arithmetic ranks, highest at the output, or those that were learned since.
 
         Raises:
             ConfigError: the budget, a rank or ``depth_min`` does not fit the base model.
         """
         self._smallest_depth(shape.layer_count)
+        if self._learned and self._learned.ranks:
+            return self._learned.ranks
         return rank_distribution(
             shape.layer_count,
             rank_min=self.rank_min,
@@ -183,14 +196,37 @@ class Legend:
             allowed=ALLOWED[self.factors],
         )
 
+    def with_learned_ranks(self, adapter: Adapter, gradients: Sequence[Sequence[float]]) -> Adapter:
+        """See ``LearnsRanks``; a server optimizer begins anew with other ranks."""
+        if self._learned is None:
+            return adapter
+        new = self._learned.after_round(adapter, gradients)
+        if self._optimizer and new is not adapter:
+            self._optimizer.restore({})
+        return new
+
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Moments of the server optimizer; empty without one."""
-        return self._optimizer.state() if self._optimizer else {}
+        """Moments of the server optimizer, what was learned of ranks, the last deadlines."""
+        kept = self._optimizer.state() if self._optimizer else {}
+        kept |= self._learned.state() if self._learned else {}
+        for round_number, decided in self._decided.items():
+            tensors = decided.tensors().items()
+            kept |= {f"decided/{round_number}/{name}": values for name, values in tensors}
+        return kept
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """See ``KeepsState.restore``. What hysteresis knew of is decided afresh."""
+        """See ``KeepsState.restore``."""
+        rounds: dict[int, dict[str, NDArray[np.float32]]] = {}
+        for name, values in state.items():
+            if name.startswith("decided/"):
+                _, number, rest = name.split("/", 2)
+                rounds.setdefault(int(number), {})[rest] = values
+        self._decided.clear()
+        self._decided.update({n: Decided.from_tensors(held) for n, held in rounds.items()})
         if self._optimizer:
             self._optimizer.restore(state)
+        if self._learned:
+            self._learned.restore(state)
 
     def _by_deadline(
         self, shape: RunShape, devices: Sequence[DeviceCapacity], round_number: int
@@ -256,5 +292,6 @@ def legend_paper(**options: Any) -> Legend:
         server_learning_rate=1.0,
         factors="both",
         server_optimizer="none",
+        ranks="arithmetic",
         pace="slowest",
     )

@@ -78,7 +78,7 @@ class ProductMean:
         for module, (up, down) in self._stacks.items():
             if self._weights[module] > 0:
                 old_down = self._old[f"{module}.lora_A"]
-                factors = _truncated(up, down / self._weights[module], old_down)
+                factors = best_product(up, down / self._weights[module], old_down)
                 new[f"{module}.lora_B"], new[f"{module}.lora_A"] = factors
         return new
 
@@ -91,11 +91,12 @@ def _reduced(up: Matrix, down: Matrix) -> tuple[Matrix, Matrix]:
     return left * values, right
 
 
-def _truncated(
+def best_product(
     up: Matrix, down: Matrix, old_down: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """B (d_out, r) and A (r, d_in) of the best rank-r product, r that of ``old_down``.
 
+    Signs are those that make the largest entry of every column of B positive.
     A rank without energy keeps its old row of A and a zero column of B:
     zeros in both would never learn again.
     """

@@ -7,7 +7,7 @@ defence unless it is told otherwise. Knows which combinations cannot be sound.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from broker_server.strategies.learning import (
     learn_from_round,
     restore_state,
     saved_state,
+    with_learned_ranks,
 )
 from broker_server.strategies.named import STRATEGY_NAMES, strategy_named
 from broker_server.strategies.options import (
@@ -81,12 +82,14 @@ class Received:
         weight: number of examples behind it, as the device says.
         steps: local steps that were really done.
         read: its tensors; called once or twice, so that no update need be kept.
+        layer_gradients: see ``LearnsRanks.with_learned_ranks``.
     """
 
     device_id: str
     weight: float
     steps: int
     read: Callable[[], Adapter]
+    layer_gradients: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,11 @@ def aggregate_round(
         ProtocolError: an update does not fit the adapter, and nothing judges updates.
     """
     if isinstance(strategy, Protected):
-        return strategy.aggregate(base, received, assigned)
-    return _plainly(strategy, base, received)
+        new, inner = strategy.aggregate(base, received, assigned), strategy.strategy
+    else:
+        new, inner = _plainly(strategy, base, received), strategy
+    gradients = [one.layer_gradients for one in received]
+    return replace(new, adapter=with_learned_ranks(inner, new.adapter, gradients))
 
 
 def protected_strategy(
@@ -304,6 +310,11 @@ def refuse_unsound(
         raise ConfigError(
             "privacy counts every device as one: a number of examples has no bound; leave"
             " weighting out or give weighting uniform"
+        )
+    if options.get("ranks") == "importance":
+        raise ConfigError(
+            "ranks importance follows gradients that are not hidden, and ranks are public; leave"
+            " ranks out or give ranks arithmetic with privacy"
         )
 
 

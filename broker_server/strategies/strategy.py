@@ -200,7 +200,7 @@ class Strategy(Protocol):
         ...
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
-        """Rank of the global adapter at every layer; the same in every round.
+        """Rank of the global adapter at every layer, as the next round configures it.
 
         Raises:
             ConfigError: an option does not fit the base model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,27 +80,40 @@ def test_two_processes_find_what_one_finds(finished: Path, spec_path: Path, tmp_
     assert_same(finished, tmp_path / "two")
 
 
-def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    finished: Path, spec_path: Path, tmp_path: Path
-) -> None:
+def interrupted(path: Path, out: Path, *overrides: str, after: int) -> None:
+    """Simulate so many rounds, and stop as if by Ctrl-C."""
     from broker_server.simulate import simulate  # noqa: PLC0415 - imports torch
 
     class Interrupted(Exception):
         pass
 
-    def interrupt_after(rounds: int) -> Callable[[SimulationState], None]:
-        def watch(state: SimulationState) -> None:
-            if len(state.rounds) == rounds:
-                raise Interrupted
+    def watch(state: SimulationState) -> None:
+        if len(state.rounds) == after:
+            raise Interrupted
 
-        return watch
+    with pytest.raises(Interrupted):
+        simulate(specification(path, *overrides), out, watch=watch)
 
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    finished: Path, spec_path: Path, tmp_path: Path
+) -> None:
     for rounds in (0, 2):
-        with pytest.raises(Interrupted):
-            simulate(specification(spec_path), tmp_path / "parts", watch=interrupt_after(rounds))
+        interrupted(spec_path, tmp_path / "parts", after=rounds)
     assert len(lines(tmp_path / "parts", "metrics.jsonl")) == 3
     run(spec_path, tmp_path / "parts")
     assert_same(finished, tmp_path / "parts")
+
+
+def test_what_legend_remembers_of_deadlines_and_residuals_survives_interruptions(
+    spec_path: Path, tmp_path: Path
+) -> None:
+    ours = ("strategy=legend", "codec=int8", "adapter_codec=int8", "rounds=8")
+    run(spec_path, tmp_path / "whole", *ours)
+    for rounds in (1, 2, 4, 5, 7):
+        interrupted(spec_path, tmp_path / "parts", *ours, after=rounds)
+    run(spec_path, tmp_path / "parts", *ours)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_folder_of_other_settings_is_left_alone(finished: Path, spec_path: Path) -> None:
@@ -224,3 +237,28 @@ def test_quantised_activations_let_a_fleet_train_what_its_memory_would_not_hold(
     assert quantised.status is RunStatus.FINISHED
     trained = lines(tmp_path / "fedquad", "assignments.jsonl")
     assert {(line["depth"], line["status"]) for line in trained} == {(3, "updated")}
+
+
+def test_ranks_that_follow_gradients_change_on_the_way_and_survive_an_interruption(
+    tmp_path: Path, spec_path: Path
+) -> None:
+    learned = (
+        "strategy=legend",
+        "strategy_options.ranks=importance",
+        "strategy_options.ranks_every=2",
+        "rounds=4",
+    )
+    assert run(spec_path, tmp_path / "whole", *learned).status is RunStatus.FINISHED
+    by_round = {
+        line["round"]: tuple(line["ranks"])
+        for line in lines(tmp_path / "whole", "assignments.jsonl")
+        if line["depth"] == 3
+    }
+    assert by_round[1] == by_round[2] == (4, 5, 6)
+    assert by_round[3] == by_round[4] != (4, 5, 6)
+    assert sum(by_round[3]) == 15
+    assert list(by_round[3]) == sorted(by_round[3])
+
+    interrupted(spec_path, tmp_path / "parts", *learned, after=3)
+    assert run(spec_path, tmp_path / "parts", *learned).status is RunStatus.FINISHED
+    assert_same(tmp_path / "whole", tmp_path / "parts")

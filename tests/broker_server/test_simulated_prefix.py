@@ -71,7 +71,8 @@ def test_figures_depend_neither_on_the_cache_nor_on_interruptions(
     run(spec_path, tmp_path / "one", *chosen)
     # Other depths and rounds leave other states behind; then a run in two parts and processes.
     shared = tmp_path / "shared"
-    run(spec_path, tmp_path / "other", *chosen, "strategy_options.pace=deadline", states=shared)
+    other = ("strategy=legend", "strategy_options.pace=deadline")
+    run(spec_path, tmp_path / "other", *chosen, *other, states=shared)
     run(spec_path, tmp_path / "two", *chosen, states=shared, stop_after=2)
     run(spec_path, tmp_path / "two", *chosen, states=shared, processes=processes)
     for name in FIGURES:

@@ -20,7 +20,7 @@ def test_paths_begin_at_the_file_and_the_name_is_the_file_s(path: Path) -> None:
     spec = load_simulation_spec(path)
     assert spec.train.path == path.parent / "train.tsv"
     assert spec.fleet_profile().device_count == 6
-    assert (spec.name, spec.method_name) == ("spec", "legend")
+    assert (spec.name, spec.method_name) == ("spec", "legend-paper")
 
 
 def test_overrides_reach_inside(path: Path) -> None:

@@ -17,6 +17,7 @@ TRAINER = (
     "error_feedback",
     "finetune",
     "frozen_prefix",
+    "gradient_sizes",
     "layer_range",
     "onnx_runtime",
     "peak_memory",

@@ -59,6 +59,8 @@ def write_simulation(folder: Path, model_dir: Path, *, fleet: Mapping[str, Any] 
     document = {
         "model": str(model_dir),
         "fleet": "fleet.yaml",
+        # Everybody takes part in every round.
+        "strategy": "legend-paper",
         "train": {"path": "train.tsv"},
         "evaluation": {"path": "test.tsv"},
         "partition": {"alpha": 1.0, "minimum": 4},

@@ -40,7 +40,7 @@ def learned(
     attack: Attackers | None, defence: str, *, rounds: int = 16, liars: int = 0
 ) -> tuple[float, int, int]:
     """Loss after some rounds, and how many updates were clipped and refused."""
-    strategy = protected_strategy("legend", {"defence": defence})
+    strategy = protected_strategy("legend", {"defence": defence, "pace": "slowest"})
     adapter = start(strategy.global_ranks(SHAPE))
     clipped = refused = 0
     for number in range(1, rounds + 1):
@@ -120,7 +120,8 @@ def test_poisoners_are_named_with_the_reason(tmp_path: Path) -> None:
     from tests.support.tiny_models import make_base_model  # noqa: PLC0415 - imports torch
 
     path = write_simulation(tmp_path / "spec", make_base_model(tmp_path / "model", "bert"))
-    common = ("rounds=1", "devices_per_round=null", "strategy_options.depth_min=3")
+    options = "strategy_options={depth_min: 3, left_out_max: 0}"
+    common = ("strategy=legend", "rounds=1", "devices_per_round=null", options)
     for kind, status, words in (
         ("garbage", "updated", "refused: "),
         ("nan", "failed", "malformed: tensor "),
