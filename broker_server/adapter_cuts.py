@@ -5,9 +5,13 @@ Knows bytes and the blob store; knows no devices.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from broker_server.blobs import BlobStore
 from broker_server.prefix_book import AdapterCut
 from broker_server.run_state import RunPlan
+from broker_server.strategies.updates import rank_axis
 from wire_protocol.lora import Codec
 from wire_protocol.model_family import layer_of
 from wire_protocol.parts import BlobRef
@@ -26,26 +30,45 @@ def stored_cuts(
         blobs: where they go.
         adapter: encoded without loss.
         plan: whose prefix rule says what is needed of it; nothing while the prefix is synced and
-            devices load the adapter as it is.
+            all devices load the adapter as it is.
         next_round: the first round that begins with this adapter.
     """
     rule, codec, layer_count = plan.prefix, plan.recipe.adapter_codec, plan.shape.layer_count
-    if not rule.is_kept:
-        if codec is Codec.FP32:
-            return ()
-        return (AdapterCut(top=_stored(blobs, decode(adapter), codec)),) * layer_count
+    if not (rule.is_kept or plan.narrow_ranks or codec is not Codec.FP32):
+        return ()
     tensors = decode(adapter)
+
+    def stored(part: Adapter) -> BlobRef:
+        data = encode(part, codec)
+        return BlobRef(sha256=blobs.put(data), size_bytes=len(data))
+
     # The lower parts are needed of an adapter that becomes a snapshot only.
     with_bottom = rule.refreshes(next_round)
-    return tuple(
-        AdapterCut(
-            top=_stored(blobs, _part(tensors, layer_count - depth, layer_count), codec),
-            bottom=_stored(blobs, _part(tensors, 0, layer_count - depth, head=False), codec)
-            if with_bottom and depth < layer_count
-            else None,
+    whole = None if rule.is_kept else stored(tensors)
+    cuts = []
+    for boundary in range(layer_count - 1, -1, -1):
+        top = _part(tensors, boundary if rule.is_kept else 0, layer_count)
+        bottom = _part(tensors, 0, boundary, head=False) if with_bottom and boundary else None
+        cuts.append(
+            AdapterCut(
+                top=whole or stored(top),
+                bottom=stored(bottom) if bottom else None,
+                narrow={rank: stored(_narrowed(top, boundary, rank)) for rank in plan.narrow_ranks},
+            )
         )
-        for depth in range(1, layer_count + 1)
-    )
+    return tuple(cuts)
+
+
+def _narrowed(adapter: Adapter, boundary: int, rank: int) -> Adapter:
+    """At most the first ``rank`` rows of A and columns of B in the layers from ``boundary`` on."""
+
+    def narrowed(name: str) -> NDArray[np.float32]:
+        layer, axis = layer_of(name), rank_axis(name)
+        if layer is None or layer < boundary or axis is None:
+            return adapter[name]
+        return adapter[name][:rank] if axis == 0 else adapter[name][:, :rank]
+
+    return {name: narrowed(name) for name in adapter}
 
 
 def _part(adapter: Adapter, first: int, end: int, *, head: bool = True) -> Adapter:
@@ -56,8 +79,3 @@ def _part(adapter: Adapter, first: int, end: int, *, head: bool = True) -> Adapt
         for name, layer in layers.items()
         if (layer in wanted if layer is not None else head)
     }
-
-
-def _stored(blobs: BlobStore, adapter: Adapter, codec: Codec) -> BlobRef:
-    data = encode(adapter, codec)
-    return BlobRef(sha256=blobs.put(data), size_bytes=len(data))

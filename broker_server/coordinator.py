@@ -278,7 +278,7 @@ class Coordinator:
                 predicted_s=plan.predicted_s,
                 factors=plan.factors,
                 quantised_layers=plan.quantised_layers,
-                base=self.prefix.base(plan.lora.depth),
+                base=self.prefix.base(plan.lora),
                 prefix=self.prefix.prefix(plan.lora.depth),
             )
             for device_id, plan in sorted(configuration.plans.items())

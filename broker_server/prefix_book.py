@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from broker_server.strategies.prefix import PrefixRule
 from broker_server.strategies.strategy import DeviceCapacity
+from wire_protocol.lora import LoraConfig
 from wire_protocol.messages import Prefix, UpdateManifest
 from wire_protocol.parts import BlobRef
 
@@ -25,12 +26,14 @@ class AdapterCut(BaseModel):
     Attributes:
         top: the layers of that depth and the head.
         bottom: the layers below; None at full depth.
+        narrow: by rank, ``top`` with no more than that rank in the layers of that depth.
     """
 
     model_config = ConfigDict(frozen=True)
 
     top: BlobRef
     bottom: BlobRef | None = None
+    narrow: dict[int, BlobRef] = {}
 
 
 class WarmPrefix(BaseModel):
@@ -63,7 +66,7 @@ class PrefixCheckpoint(BaseModel):
 
     def blobs(self) -> set[str]:
         """Digests that must stay in the blob store."""
-        refs = [cut.top for cut in self.cuts]
+        refs = [ref for cut in self.cuts for ref in (cut.top, *cut.narrow.values())]
         refs += [cut.bottom for cut in (*self.cuts, *self.snapshot) if cut.bottom]
         return {ref.sha256 for ref in refs}
 
@@ -88,9 +91,12 @@ class PrefixBook:
             self._snapshot = self._cuts
             self._warm.clear()
 
-    def base(self, depth: int) -> BlobRef | None:
-        """What a device of this depth loads; None for the whole adapter."""
-        return self._cuts[depth - 1].top if self._cuts else None
+    def base(self, lora: LoraConfig) -> BlobRef | None:
+        """What a device with this LoRA config loads; None for the whole adapter."""
+        if not self._cuts:
+            return None
+        cut = self._cuts[lora.depth - 1]
+        return cut.narrow.get(max(lora.ranks), cut.top)
 
     def prefix(self, depth: int) -> Prefix | None:
         """What it applies below; None for the lower layers of what it loads."""

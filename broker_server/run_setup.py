@@ -14,6 +14,7 @@ from broker_server.run_state import RunCheckpoint, RunPlan
 from broker_server.strategies import DeviceCapacity, RunShape, Strategy
 from broker_server.strategies.prefix import prefix_rule
 from broker_server.strategies.protected import protected_strategy
+from broker_server.strategies.strategy import narrow_ranks
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.lora import BYTES_PER_VALUE, Codec
@@ -174,6 +175,7 @@ def prepare_run(
         deadline_s=spec.deadline_s,
         target_accuracy=spec.target_accuracy,
         prefix=sizes.prefix,
+        narrow_ranks=narrow_ranks(strategy),
     )
     if checkpoint is not None:
         return PreparedRun(plan, strategy, RunCheckpoint.model_validate_json(checkpoint))

@@ -41,6 +41,7 @@ class RunPlan:
         attempts: rounds without any update in a row before the run fails.
         prefix: what devices apply below the layers that they train.
         life: tells assignments of a restored server from those of the one that was lost.
+        narrow_ranks: below the global ones that a device may be asked for.
     """
 
     run_id: str
@@ -59,6 +60,7 @@ class RunPlan:
     attempts: int = 3
     prefix: PrefixRule = SYNCED
     life: str = ""
+    narrow_ranks: tuple[int, ...] = ()
 
     def assignment_id(self, round_number: int, attempt: int, device_id: str) -> str:
         """The name of one device's part in a round; never used twice."""

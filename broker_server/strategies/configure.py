@@ -243,9 +243,9 @@ def same_configuration(
         ValueError: a device is listed twice.
     """
     cohort = able_cohort(shape, devices, depth_min=lora.depth)
-    times = completion_s(
-        shape, cohort.devices, lora.ranks, global_ranks=global_ranks, factors=factors
-    )
+    # Frozen layers are loaded as they are, and trained ones with the ranks that are trained.
+    loaded = [mine or whole for mine, whole in zip(lora.ranks, global_ranks, strict=True)]
+    times = completion_s(shape, cohort.devices, lora.ranks, global_ranks=loaded, factors=factors)
     plans = {
         device.device_id: Plan(lora, shape.steps, seconds, factors)
         for device, seconds in zip(cohort.devices, times[:, lora.depth - 1].tolist(), strict=True)

@@ -85,8 +85,7 @@ class FedAdapter:
         depth_start: trained layers of the first trial.
         rank_start: rank of the first trial.
         rank_step: what wide adds.
-        rank_max: largest rank, that of the global adapter, which every device
-            loads whole.
+        rank_max: largest rank, that of the global adapter.
         trial_rounds: rounds of every candidate.
         rho: weight of the past in the capacity estimates behind ``predicted_s``.
 
@@ -124,6 +123,11 @@ class FedAdapter:
                 " base model"
             )
         return (self.rank_max,) * shape.layer_count
+
+    @property
+    def narrow_ranks(self) -> tuple[int, ...]:
+        """All below the largest."""
+        return tuple(range(self.rank_start, self.rank_max, self.rank_step))
 
     def configure(
         self,

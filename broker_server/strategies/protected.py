@@ -42,6 +42,7 @@ from broker_server.strategies.strategy import (
     DeviceCapacity,
     RunShape,
     Strategy,
+    narrow_ranks,
 )
 from wire_protocol.errors import ConfigError
 
@@ -128,6 +129,11 @@ class Protected:
     def rho(self) -> float:
         """See ``Strategy.rho``."""
         return self.strategy.rho
+
+    @property
+    def narrow_ranks(self) -> tuple[int, ...]:
+        """See ``GivesNarrowRanks.narrow_ranks``."""
+        return narrow_ranks(self.strategy)
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
         """See ``Strategy.global_ranks``."""

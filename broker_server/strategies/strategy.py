@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,16 @@ class Aggregation(Protocol):
         ...
 
 
+@runtime_checkable
+class GivesNarrowRanks(Protocol):
+    """A strategy that asks some devices for fewer ranks than the global adapter has."""
+
+    @property
+    def narrow_ranks(self) -> tuple[int, ...]:
+        """Those that it may ask for, the same in every trained layer."""
+        ...
+
+
 class Strategy(Protocol):
     """A way to share one fine-tuning among unequal devices."""
 
@@ -225,3 +235,8 @@ class Strategy(Protocol):
     def begin(self, global_adapter: Adapter) -> Aggregation:
         """Start to aggregate updates that are deltas against this adapter."""
         ...
+
+
+def narrow_ranks(strategy: Strategy) -> tuple[int, ...]:
+    """See ``GivesNarrowRanks``; none for a strategy that does not."""
+    return strategy.narrow_ranks if isinstance(strategy, GivesNarrowRanks) else ()

@@ -67,6 +67,11 @@ class TieredLora:
         """The largest rank at every layer."""
         return (self.rank_max,) * shape.layer_count
 
+    @property
+    def narrow_ranks(self) -> tuple[int, ...]:
+        """Those of the slower tiers."""
+        return tuple(sorted(set(self._tiers().ranks()) - {self.rank_max}))
+
     def configure(
         self,
         shape: RunShape,

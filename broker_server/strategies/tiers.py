@@ -81,7 +81,7 @@ def tiered_configuration(
     for index, config in enumerate(configs):
         chosen = np.flatnonzero(tier == index)
         members = [cohort.devices[row] for row in chosen.tolist()]
-        times = completion_s(shape, members, config.ranks, global_ranks=global_ranks)
+        times = completion_s(shape, members, config.ranks)
         predicted[chosen] = times[:, -1]
     plans = {
         device.device_id: Plan(configs[index], shape.steps, seconds)

@@ -17,7 +17,7 @@ from broker_server.virtual_cache import CacheBook, VirtualCache
 from tests.support.capacities import SIX_LAYERS, device
 from tests.support.messages import a_manifest, a_recipe, a_report
 from wire_protocol.errors import ConfigError
-from wire_protocol.lora import Codec
+from wire_protocol.lora import Codec, LoraConfig
 from wire_protocol.messages import UpdateManifest
 from wire_protocol.tensors import decode, encode
 
@@ -54,6 +54,10 @@ def an_update(depth: int, *, examples: int, steps: int) -> UpdateManifest:
     return a_manifest(ranks=ranks, examples=examples, report=report)
 
 
+def of_depth(depth: int, rank: int = 2) -> LoraConfig:
+    return LoraConfig.top(depth, (rank,) * 3)
+
+
 def layers_of(blobs: BlobStore, sha256: str) -> set[str]:
     return {".".join(name.split(".")[:2]) for name in decode(blobs.read(sha256))}
 
@@ -67,7 +71,7 @@ def test_devices_load_a_coarsely_written_adapter_that_is_not_the_servers_own(
     data = encode(exact, Codec.FP32)
     cuts = stored_cuts(blobs, data, plan_of(rule, Codec.INT8), next_round=1)
     book = PrefixBook(rule, PrefixCheckpoint(cuts=cuts))
-    loaded = book.base(3)
+    loaded = book.base(of_depth(3))
     assert loaded is not None
     got = decode(blobs.read(loaded.sha256))
     assert got.keys() == exact.keys()
@@ -76,10 +80,38 @@ def test_devices_load_a_coarsely_written_adapter_that_is_not_the_servers_own(
     assert any(not np.array_equal(got[name], values) for name, values in exact.items())
 
 
+@pytest.mark.parametrize("codec", [Codec.FP32, Codec.INT8])
+@pytest.mark.parametrize("rule", [PrefixRule(), PRETRAINED])
+def test_a_device_of_a_lower_rank_loads_the_ranks_that_it_trains(
+    blobs: BlobStore, rule: PrefixRule, codec: Codec
+) -> None:
+    rng = np.random.default_rng(0)
+    exact = {f"layers.{layer}.q.lora_{factor}": rng.normal(size=size).astype(np.float32)
+             for layer in range(3) for factor, size in (("A", (4, 5)), ("B", (5, 4)))}  # fmt: skip
+    plan = replace(plan_of(rule, codec), narrow_ranks=(1, 2))
+    cuts = stored_cuts(blobs, encode(exact, Codec.FP32), plan, next_round=1)
+    book = PrefixBook(rule, PrefixCheckpoint(cuts=cuts))
+
+    for rank, depth in ((1, 3), (2, 1), (4, 2)):
+        loaded = book.base(of_depth(depth, rank))
+        assert loaded is not None
+        assert loaded.sha256 in book.checkpoint().blobs()
+        got = decode(blobs.read(loaded.sha256))
+        trained = {f"layers.{layer}.q.lora_A" for layer in range(3 - depth, 3)}
+        frozen = {f"layers.{layer}.q.lora_A" for layer in range(3 - depth)}
+        assert {name for name in got if name.endswith("A")} - trained == (
+            set() if rule.is_kept else frozen
+        )
+        for name, values in got.items():
+            wanted = rank if name[:-1] + "A" in trained else 4
+            part = exact[name][:wanted] if name.endswith("A") else exact[name][:, :wanted]
+            np.testing.assert_allclose(values, part, atol=np.abs(part).max() / 100)
+
+
 def test_a_synced_prefix_changes_nothing(blobs: BlobStore) -> None:
     book = book_of(blobs, PrefixRule())
     book.begin_round(1)
-    assert (book.base(2), book.prefix(2)) == (None, None)
+    assert (book.base(of_depth(2)), book.prefix(2)) == (None, None)
     book.learn({"a": an_update(2, examples=80, steps=5)}, ())
     assert book.known(device("a")) == device("a")
     assert book.checkpoint() == PrefixCheckpoint()
@@ -88,7 +120,7 @@ def test_a_synced_prefix_changes_nothing(blobs: BlobStore) -> None:
 def test_with_a_pretrained_prefix_devices_load_what_they_train(blobs: BlobStore) -> None:
     book = book_of(blobs, PRETRAINED)
     book.begin_round(1)
-    base, prefix = book.base(2), book.prefix(2)
+    base, prefix = book.base(of_depth(2)), book.prefix(2)
     assert base is not None
     assert layers_of(blobs, base.sha256) == {
         "layers.1",
@@ -124,7 +156,7 @@ def test_a_periodic_prefix_is_the_lower_part_of_an_earlier_adapter(blobs: BlobSt
 def test_at_full_depth_nothing_lies_below(blobs: BlobStore) -> None:
     book = book_of(blobs, PERIODIC)
     book.begin_round(1)
-    base, prefix = book.base(3), book.prefix(3)
+    base, prefix = book.base(of_depth(3)), book.prefix(3)
     assert base is not None
     assert prefix is not None
     assert prefix.adapter is None
