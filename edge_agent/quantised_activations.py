@@ -50,8 +50,13 @@ def _saving_rounded(layer: nn.Module) -> Callable[..., Any]:
     def forward(*values: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return exact(*values, **named)
-        with saved_tensors_hooks(_Rounding(weights), _exact_again):
-            return exact(*values, **named)
+        rounding = _Rounding(weights)
+        try:
+            with saved_tensors_hooks(rounding, _exact_again):
+                return exact(*values, **named)
+        finally:
+            # What was saved keeps its hook, and with it whatever the hook still holds.
+            rounding.known.clear()
 
     return forward
 
@@ -59,16 +64,17 @@ def _saving_rounded(layer: nn.Module) -> Callable[..., Any]:
 class _Rounding:
     """Rounds the tensors of one forward pass, each of them once.
 
-    Lives as long as the pass: until its end tensors that were rounded are held, so that none
-    that comes later can have the address of one that is gone.
-
     Args:
         weights: addresses of what is there anyway.
+
+    Attributes:
+        known: tensors that were rounded, held until the end of the pass, so that none that
+            comes later can have the address of one that is gone.
     """
 
     def __init__(self, weights: Set[int]) -> None:
         self._weights = weights
-        self._known: Dict[Tuple[Any, ...], Tuple[Any, Packed]] = {}
+        self.known: Dict[Tuple[Any, ...], Tuple[Any, Packed]] = {}
 
     def __call__(self, saved: Any) -> Union[Any, Packed]:
         if not saved.is_floating_point() or saved.dim() == 0 or saved.shape[-1] < LEAST_ROW:
@@ -77,9 +83,9 @@ class _Rounding:
             return saved
         version = saved._version  # noqa: SLF001 - rises whenever its values change
         key = (saved.data_ptr(), saved.shape, saved.stride(), version)
-        if key not in self._known:
-            self._known[key] = (saved, _rounded(saved.detach()))
-        return self._known[key][1]
+        if key not in self.known:
+            self.known[key] = (saved, _rounded(saved.detach()))
+        return self.known[key][1]
 
 
 def _memory(values: Any) -> int:

@@ -20,7 +20,12 @@ from edge_agent.error_feedback import COARSE, encode_with_feedback, read_residua
 from edge_agent.finetune import Outcome, Supervision, prepare_data, train
 from edge_agent.frozen_prefix import PrefixCache, PrefixGoneError, is_cached
 from edge_agent.layer_range import give_up_below, given_up
-from edge_agent.peak_memory import is_out_of_memory, limit_memory, release_memory
+from edge_agent.peak_memory import (
+    give_back_at_once,
+    is_out_of_memory,
+    limit_memory,
+    release_memory,
+)
 from edge_agent.precision import autocast_dtype
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.probe import ProbeRequest, benchmark
@@ -101,6 +106,9 @@ class WarmTrainer:
             elif given_up(base):
                 self._base = None
                 base, data = self._prepared(request)
+        if request.quantised_layers:
+            # Memory is short here: what quantising frees must not stay with the process.
+            give_back_at_once()
         # Not before: the tokenizer aborts the process where torch would raise.
         limit_memory(request.limits.memory_limit_bytes)
         return train(

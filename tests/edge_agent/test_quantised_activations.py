@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,8 @@ from edge_agent.quantised_activations import quantised
 
 pytestmark = pytest.mark.train
 
+ROOT = Path(__file__).parents[2]
+
 
 class Block(nn.Module):  # type: ignore[misc]
     """A layer with what layers are made of; its weights are frozen but for the first."""
@@ -28,7 +34,9 @@ class Block(nn.Module):  # type: ignore[misc]
         self.norm = nn.LayerNorm(width).requires_grad_(requires_grad=False)
 
     def forward(self, values: Any) -> Any:
-        return self.norm(values + self.frozen(nn.functional.gelu(self.trained(values))))
+        between = self.trained(values)
+        self.between = weakref.ref(between)
+        return self.norm(values + self.frozen(nn.functional.gelu(between)))
 
 
 def gradients(blocks: nn.Sequential, values: Any, layers: Any) -> tuple[float, list[Any]]:
@@ -92,6 +100,15 @@ def test_less_is_saved_for_the_backward_pass(
     assert all_of_it < 0.35 * whole
 
 
+def test_what_was_rounded_is_given_up_when_the_forward_pass_is_over(
+    blocks: nn.Sequential,
+) -> None:
+    with quantised(list(blocks)[:2]):
+        loss = blocks(torch.randn(8, 10, 64)).sum()
+    assert [block.between() is None for block in blocks] == [True, True, False]
+    loss.backward()
+
+
 def test_rows_of_zeros_and_half_precision_stay_what_they_are() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         values = torch.zeros(3, 32, dtype=dtype)
@@ -108,3 +125,31 @@ def test_layers_are_as_before_afterwards_even_after_an_error(blocks: nn.Sequenti
         blocks(torch.randn(2, 3))
     assert all("forward" not in vars(block) for block in blocks)
     assert gradients(blocks, torch.ones(1, 2, 64), [])[0] > 0
+
+
+PEAK = """
+import resource, sys, torch
+from edge_agent.peak_memory import give_back_at_once
+from edge_agent.quantised_activations import quantised
+from tests.edge_agent.test_quantised_activations import Block
+
+torch.set_num_threads(1)
+give_back_at_once()
+blocks = torch.nn.Sequential(*(Block(256) for _ in range(12)))
+values = torch.randn(32, 256, 256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with quantised(blocks[: int(sys.argv[1])]):
+    blocks(values).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_process_needs_less_memory_the_more_layers_are_quantised() -> None:
+    def peak(layers: int) -> int:
+        command = [sys.executable, "-c", PEAK, str(layers)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return int(done.stdout)
+
+    none, half, all_of_them = peak(0), peak(6), peak(12)
+    assert all_of_them < 0.5 * none
+    assert all_of_them < half < 0.8 * none
