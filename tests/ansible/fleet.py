@@ -100,8 +100,8 @@ class Fleet:
             "learning_rate": 3e-3,
             "head_learning_rate": 1e-2,
             "evaluation": {"path": HELD_OUT, **COLUMNS},
-            # Nobody is left out of a round for being slow.
-            "strategy_options": {"left_out_max": 0},
+            # Nobody is left out of a round for being slow, and the slowest sets the pace.
+            "strategy_options": {"pace": "slowest"},
             **changes,
         }
         file = self.lab.root("server") / "srv/run.yml"
