@@ -89,6 +89,21 @@ def test_a_killed_server_goes_on_and_keeps_what_it_acknowledged(site: Site) -> N
     assert all(d["status"] == "updated" for r in run["rounds"] for d in r["devices"])
 
 
+def test_ranks_that_a_run_learned_survive_a_killed_server(site: Site) -> None:
+    options = {"ranks": "importance", "ranks_every": 1, "left_out_max": 0, "depth_min": 3}
+    run_id = site.launch(rounds=3, local_steps=12, strategy_options=options)
+    site.wait_until_training(run_id, "left", round_number=2)
+    site.kill("server")
+    site.start_server()
+    run = site.wait_for_end(run_id)
+    assert run["status"] == "finished", run["reason"]
+    ranks = [{tuple(d["ranks"]) for d in one["devices"]} for one in run["rounds"]]
+    assert all(len(found) == 1 for found in ranks)
+    assert len(set().union(*ranks)) > 1
+    assert {sum(found) for one in ranks for found in one} == {4 + 5 + 6}
+    assert all(d["status"] == "updated" for r in run["rounds"] for d in r["devices"])
+
+
 def test_every_update_was_counted_exactly_once(site: Site) -> None:
     store = Store.in_folder(site.folder / "server")
     for record in store.runs():
