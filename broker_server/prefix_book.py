@@ -84,9 +84,11 @@ class PrefixBook:
         self._cuts = checkpoint.cuts
         self._snapshot = checkpoint.snapshot
         self._warm = dict(checkpoint.warm)
+        self._rounds_left: int | None = None
 
     def begin_round(self, round_number: int) -> None:
         """Refresh a periodic prefix when it is due; doing it again changes nothing."""
+        self._rounds_left = self._rule.rounds_left(round_number)
         if self._rule.refreshes(round_number) and self._snapshot != self._cuts:
             self._snapshot = self._cuts
             self._warm.clear()
@@ -102,7 +104,8 @@ class PrefixBook:
         """What it applies below; None for the lower layers of what it loads."""
         if not self._rule.is_kept:
             return None
-        return Prefix(adapter=self._snapshot[depth - 1].bottom if self._snapshot else None)
+        below = self._snapshot[depth - 1].bottom if self._snapshot else None
+        return Prefix(adapter=below, rounds_left=self._rounds_left)
 
     @property
     def version(self) -> str:

@@ -70,12 +70,14 @@ class PrefixRequest:
         cache_dir: of the states.
         cache_bytes: most that they may take on disk.
         model_digest: of the base model.
+        rounds_left: rounds after this one in which it stays; None where no end is known.
     """
 
     adapter_file: Path | None
     cache_dir: Path
     cache_bytes: int
     model_digest: str
+    rounds_left: int | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PrefixRequest:
@@ -86,6 +88,7 @@ class PrefixRequest:
             cache_dir=Path(value["cache_dir"]),
             cache_bytes=int(value["cache_bytes"]),
             model_digest=str(value["model_digest"]),
+            rounds_left=value.get("rounds_left"),
         )
 
 

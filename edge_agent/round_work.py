@@ -210,6 +210,7 @@ def _prefix(shop: Workshop, start: RoundStart) -> dict[str, object] | None:
         "cache_dir": str(shop.state.cache / "prefix"),
         "cache_bytes": shop.device.settings.prefix_cache_bytes,
         "model_digest": start.model_digest,
+        "rounds_left": start.prefix.rounds_left,
     }
 
 

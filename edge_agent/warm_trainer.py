@@ -93,7 +93,7 @@ class WarmTrainer:
     ) -> Outcome:
         """Train; without the layers below, unless ``whole``, when their output is cached."""
         base, data = self._prepared(request)
-        cache = _prefix_cache(request)
+        cache = _prefix_cache(request, examples=len(data))
         boundary = sum(rank == 0 for rank in request.ranks)
         autocast = autocast_dtype(base.device.type, request.limits.precision)
         if given_up(base) and (cache is None or given_up(base) > boundary):
@@ -177,8 +177,11 @@ def _applied(request: TrainRequest) -> Adapter:
     return {**decode(_read(request.prefix.adapter_file)), **adapter}
 
 
-def _prefix_cache(request: TrainRequest) -> PrefixCache | None:
+def _prefix_cache(request: TrainRequest, *, examples: int) -> PrefixCache | None:
+    """Where hidden states are kept; None where no example would be met again before they change."""
     if request.prefix is None:
+        return None
+    if request.prefix.rounds_left == 0 and request.steps * request.limits.batch_size <= examples:
         return None
     store = PrefixStore(request.prefix.cache_dir, request.prefix.cache_bytes)
     return PrefixCache(store, request.prefix.model_digest)

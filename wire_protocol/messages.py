@@ -155,10 +155,12 @@ class TrainingRecipe(Part):
 class Prefix(Part):
     """What a device applies below the layers that it trains; unchanged for many rounds.
 
-    Without ``adapter`` it is the base model as it is.
+    Without ``adapter`` it is the base model as it is. It stays for ``rounds_left``
+    rounds after this one; None where no end is known.
     """
 
     adapter: BlobRef | None = None
+    rounds_left: Count | None = None
 
 
 class RoundStart(Part):

@@ -45,6 +45,12 @@ class PrefixRule:
         """Whether a periodic prefix is taken anew before this round (from 1)."""
         return self.mode == "periodic" and (round_number - 1) % self.every == 0
 
+    def rounds_left(self, round_number: int) -> int | None:
+        """Rounds after this one in which the prefix is the same; None for all of them."""
+        if self.mode != "periodic":
+            return None
+        return self.every - 1 - (round_number - 1) % self.every
+
 
 SYNCED = PrefixRule()
 

@@ -142,7 +142,9 @@ def test_a_periodic_prefix_is_the_lower_part_of_an_earlier_adapter(blobs: BlobSt
         data = encode(an_adapter(round_number), Codec.FP32)
         book.learn({}, stored_cuts(blobs, data, plan_of(PERIODIC), next_round=round_number))
         book.begin_round(round_number)
-        assert (book.prefix(2), book.version) == (first, version)
+        now = book.prefix(2)
+        assert now is not None
+        assert (now.adapter, book.version) == (first.adapter, version)
     data = encode(an_adapter(9), Codec.FP32)
     book.learn({}, stored_cuts(blobs, data, plan_of(PERIODIC), next_round=4))
     book.begin_round(4)
@@ -151,6 +153,21 @@ def test_a_periodic_prefix_is_the_lower_part_of_an_earlier_adapter(blobs: BlobSt
     assert fresh.adapter is not None
     assert decode(blobs.read(fresh.adapter.sha256))["layers.0.q.lora_A"][0, 0] == 9
     assert book.version != version
+
+
+def test_devices_are_told_how_long_a_prefix_stays(blobs: BlobStore) -> None:
+    def told(rule: PrefixRule) -> list[int | None]:
+        book, found = book_of(blobs, rule), []
+        for round_number in range(1, 6):
+            book.begin_round(round_number)
+            prefix = book.prefix(2)
+            assert prefix is not None
+            found.append(prefix.rounds_left)
+        return found
+
+    assert told(PERIODIC) == [2, 1, 0, 2, 1]
+    assert told(PrefixRule("periodic", 1)) == [0] * 5
+    assert told(PRETRAINED) == [None] * 5
 
 
 def test_at_full_depth_nothing_lies_below(blobs: BlobStore) -> None:

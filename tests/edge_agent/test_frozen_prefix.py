@@ -310,7 +310,9 @@ class Rounds:
         assert base is not None
         return given_up(base)
 
-    def do(self, ranks: tuple[int, ...], **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def do(
+        self, ranks: tuple[int, ...], *, rounds_left: int | None = None, **changes: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         from edge_agent.finetune import Supervision  # noqa: PLC0415 - beside its only use
 
         number = len(list(self.scene.folder.glob("round*")))
@@ -320,6 +322,7 @@ class Rounds:
             "cache_dir": str(self.scene.folder / "states"),
             "cache_bytes": 10**8,
             "model_digest": "model",
+            "rounds_left": rounds_left,
         }
         write_assignment(
             folder,
@@ -345,6 +348,22 @@ def test_a_trainer_frees_the_prefix_and_loads_it_again_for_a_deeper_round(bert: 
     _, again = rounds.do((0, 2, 2), steps=6)
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_states_that_nobody_would_read_are_not_written(bert: Scene) -> None:
+    rounds = Rounds(bert)
+    states = bert.folder / "states"
+    # One step of four examples in the last round of a prefix: none is met twice.
+    report, first = rounds.do((0, 2, 2), rounds_left=0, steps=1)
+    assert report["forward_token_layers"] == 3 * report["tokens"]
+    assert not states.exists()
+    # The same in a round that others follow, and with steps enough to come round again.
+    _, second = rounds.do((0, 2, 2), rounds_left=1, steps=1)
+    assert states.exists()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], atol=1e-3)
+    report, _ = rounds.do((0, 2, 2), rounds_left=0, steps=30)
+    assert report["forward_token_layers"] < 3 * report["tokens"]
 
 
 def test_damaged_states_bring_the_prefix_back(bert: Scene) -> None:
