@@ -7,6 +7,7 @@
 Simulates the variants of _methods.py like time_to_accuracy.py does; the folder
 of its runs can be the same. The target comes from ``legend`` itself. A factor
 above 1 means that the variant needs that many times as much as ``legend``.
+--quick takes parts away only, and adds none.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SHARE = 0.99
 def main() -> int:
     """Simulate, compare, print; 1 when a variant could not be simulated."""
     options = arguments(__doc__ or "", tuple(ABLATIONS))
+    if options.quick and options.methods == tuple(ABLATIONS):
+        options.methods = tuple(name for name in ABLATIONS if name == "legend" or name[:3] == "no-")
     finished, failed = simulate_all(options)
     runs = [read_run(out) for out in finished]
     comparison = compare_runs(runs, share=SHARE, baselines=["legend"])
