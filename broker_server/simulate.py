@@ -45,7 +45,7 @@ from broker_server.strategies import (
 )
 from broker_server.virtual_fleet import ModelCost, VirtualFleet, generator_for
 from broker_server.virtual_run import Testbed, VirtualRun
-from wire_protocol.errors import ConfigError
+from wire_protocol.errors import ConfigError, LegendError
 from wire_protocol.parts import BlobRef, DatasetReport
 from wire_protocol.records import to_examples
 from wire_protocol.tensors import decode
@@ -102,7 +102,12 @@ def simulate(
     if state is not None and state.status is not RunStatus.RUNNING:
         return state
     quiet_libraries()
-    scene = _set_scene(spec, out, state)
+    try:
+        scene = _set_scene(spec, out, state)
+    except LegendError:
+        if state is None:
+            folder.disclaim()
+        raise
     judge = Judge(spec, scene.run, scene.base.folder, out, scene.blobs)
 
     def commit(reached: SimulationState) -> None:

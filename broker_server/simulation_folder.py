@@ -118,6 +118,10 @@ class SimulationFolder:
             )
         return self._read_checkpoint()
 
+    def disclaim(self) -> None:
+        """Give up a folder in which nothing was done: whoever mends a typo may use it again."""
+        (self.root / CONFIG_FILE).unlink(missing_ok=True)
+
     def write(self, state: SimulationState, report: RunReport) -> None:
         """Commit a state, then make the files for people say the same."""
         write_file(self.root / CHECKPOINT_FILE, state.model_dump_json().encode())

@@ -52,7 +52,7 @@ def _saving_rounded(layer: nn.Module) -> Callable[..., Any]:
             return exact(*values, **named)
         rounding = _Rounding(weights)
         try:
-            with saved_tensors_hooks(rounding, _exact_again):
+            with saved_tensors_hooks(rounding, _restored):
                 return exact(*values, **named)
         finally:
             # What was saved keeps its hook, and with it whatever the hook still holds.
@@ -101,7 +101,7 @@ def _rounded(values: Any) -> Packed:
     return rounded.to(torch.int8), scales, values.dtype
 
 
-def _exact_again(packed: Union[Any, Packed]) -> Any:
+def _restored(packed: Union[Any, Packed]) -> Any:
     if not isinstance(packed, tuple):
         return packed
     rounded, scales, dtype = packed

@@ -5,6 +5,7 @@ A preset of LEGEND's parts, with the same rank at every layer.
 
 from __future__ import annotations
 
+from broker_server.strategies.capacity import DEFAULT_RHO
 from broker_server.strategies.legend import Legend
 from broker_server.strategies.options import integer, number, optional
 from wire_protocol.lora import MAX_RANK
@@ -16,7 +17,7 @@ FEDQUAD_OPTIONS = {
 }
 
 
-def fed_quad(rank: int = 8, **options: object) -> Legend:
+def fed_quad(rank: int = 8, depth_min: int | None = None, rho: float = DEFAULT_RHO) -> Legend:
     """FedQuad: the depth that time and memory allow, the fewest quantised layers for it.
 
     Its search is read from the abstract: depth follows the pace of the slowest device,
@@ -24,4 +25,6 @@ def fed_quad(rank: int = 8, **options: object) -> Legend:
 
     Source: arXiv:2506.01001.
     """
-    return Legend(rank_min=rank, rank_step=0.0, quantise_activations=True, **options)  # type: ignore[arg-type]
+    return Legend(
+        rank_min=rank, rank_step=0.0, depth_min=depth_min, rho=rho, quantise_activations=True
+    )

@@ -120,6 +120,8 @@ class LearnedRanks:
         if self._rounds % self.every or self._importance is None:
             return adapter
         self.ranks = ranks_by_importance(self._importance, sum(now))
+        if list(self.ranks) == now:
+            return adapter
         return resized(adapter, self.ranks, seed=self._rounds)
 
     def state(self) -> dict[str, NDArray[np.float32]]:

@@ -274,7 +274,7 @@ def legend(**options: Any) -> Legend:
     Raises:
         ConfigError: see ``Legend``.
     """
-    if options.keys().isdisjoint({"waiting_max_s", "waiting_max_share"}):
+    if options.get("waiting_max_s") is None and options.get("waiting_max_share") is None:
         options.setdefault("pace", "deadline")
     names = {one.name for one in fields(DeadlineRule)}
     rule = {name: options.pop(name) for name in names & options.keys()}

@@ -121,6 +121,13 @@ def test_a_folder_of_other_settings_is_left_alone(finished: Path, spec_path: Pat
         run(spec_path, finished, "seed=9")
 
 
+def test_a_folder_is_free_again_after_a_mistake(spec_path: Path, tmp_path: Path) -> None:
+    for wrong in ("strategy_options.rank_mim=1", "labels=[only]", "model=nowhere"):
+        with pytest.raises(ConfigError):
+            run(spec_path, tmp_path / "out", wrong)
+    assert run(spec_path, tmp_path / "out", "rounds=1").status is RunStatus.FINISHED
+
+
 def test_every_strategy_meets_the_same_devices_with_the_same_data(
     finished: Path, spec_path: Path, tmp_path: Path
 ) -> None:

@@ -114,7 +114,7 @@ def test_rows_of_zeros_and_half_precision_stay_what_they_are() -> None:
         values = torch.zeros(3, 32, dtype=dtype)
         values[1] = torch.linspace(-1e-4, 1e-4, 32)
         values[2] = torch.linspace(-300, 300, 32)
-        back = quantised_activations._exact_again(quantised_activations._rounded(values))
+        back = quantised_activations._restored(quantised_activations._rounded(values))
         assert back.dtype == dtype
         largest = values.float().abs().amax(dim=-1, keepdim=True)
         assert (back.float() - values.float()).abs().le(largest / 120).all()

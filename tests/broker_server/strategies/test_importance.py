@@ -110,6 +110,13 @@ def test_ranks_are_decided_every_so_many_rounds_and_survive_a_restart() -> None:
         np.testing.assert_array_equal(first[name], second[name])
 
 
+def test_ranks_that_are_right_already_leave_the_adapter_alone() -> None:
+    learned = LearnedRanks(every=1, rho=0.5)
+    adapter = tensors(0)
+    assert learned.after_round(adapter, [(1.0, 2.0, 3.0)]) is adapter
+    assert learned.ranks == RANKS
+
+
 def test_without_any_report_ranks_stay() -> None:
     learned = LearnedRanks(every=1, rho=0.5)
     adapter = tensors(0)

@@ -45,7 +45,9 @@ def test_options_reach_the_strategy() -> None:
 
 
 def test_null_means_no_limit() -> None:
-    assert strategy_named("legend", {"rank_budget": None, "waiting_max_s": None}) == Legend()
+    assert strategy_named("legend", {"rank_budget": None, "waiting_max_s": None}) == strategy_named(
+        "legend", {}
+    )
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
