@@ -15,14 +15,16 @@ float32 result; add updates in the order of device_id to get the same bits again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.strategy import Adapter
-from broker_server.strategies.updates import Allowed, UpdateCheck, held_rank, rank_axis
+from broker_server.strategies.updates import Allowed, Layout, UpdateCheck, held_rank, rank_axis
 
 
 class ServerStep(Protocol):
@@ -98,8 +100,10 @@ class HolderMean:
         self._most_steps = 1
         self._check = UpdateCheck(global_adapter, allowed)
         self._sums = _zeros_like(global_adapter)
-        self._shares: dict[str, dict[int, float]] = {name: {} for name in global_adapter}
-        self._scratch = _Scratch()
+        self._scratch = np.empty(
+            max((values.size for values in global_adapter.values()), default=0)
+        )
+        self._places: dict[Layout, _Places] = {}
 
     def add(self, device_id: str, update: Adapter, *, weight: float, steps: int) -> None:
         """Add one update; see ``Aggregation.add``.
@@ -108,19 +112,18 @@ class HolderMean:
             ProtocolError: a name, shape, value or factor outside what was asked
                 for, a weight that is not positive, no step, or a device added before.
         """
-        factor, counted_steps = self.admit(device_id, update, weight=weight, steps=steps)
-        share = factor * counted_steps
+        layout = self._check.admit(device_id, update, weight=weight, steps=steps)
+        factor, counted_steps = self._counts(weight, steps)
         self._most_steps = max(self._most_steps, counted_steps)
-        for name, delta in update.items():
-            total = self._sums[name]
-            if delta.shape != total.shape:
-                total = total[tuple(slice(size) for size in delta.shape)]
+        places = self._places.get(layout)
+        if places is None:
+            places = self._places[layout] = _places(layout, self._sums, self._scratch)
+        for (weighted, total), delta in zip(places.tensors, update.values(), strict=True):
             # Two steps: NumPy is slow at converting and multiplying at once.
-            weighted = self._scratch.filled(delta)
-            weighted *= factor
-            total += weighted
-            shares, rank = self._shares[name], held_rank(name, delta.shape)
-            shares[rank] = shares.get(rank, 0.0) + share
+            weighted[...] = delta
+            np.multiply(weighted, factor, out=weighted)
+            np.add(total, weighted, out=total)
+        places.share += factor * counted_steps
 
     def admit(
         self, device_id: str, update: Adapter, *, weight: float, steps: int
@@ -131,13 +134,14 @@ class HolderMean:
             ProtocolError: see ``add``.
         """
         self._check.admit(device_id, update, weight=weight, steps=steps)
-        return 1.0 if self._uniform else float(weight), steps if self._by_steps else 1
+        return self._counts(weight, steps)
 
     def result(self) -> dict[str, NDArray[np.float32]]:
         """The new global adapter, with the names and shapes of the old one."""
+        shares = _shares(self._places)
         new: dict[str, NDArray[np.float32]] = {}
         for name, old in self._old.items():
-            weight = _row_weights(name, old.shape, self._shares[name])
+            weight = _row_weights(name, old.shape, shares.get(name, {}))
             held = weight > 0
             # Where nobody held a row the sum is zero, and stays so divided by anything.
             mean = self._sums[name] / np.where(held, weight, 1.0)
@@ -158,25 +162,46 @@ class HolderMean:
         """
         return self._step.moved(name, self._old[name], mean, held).astype(np.float32)
 
+    def _counts(self, weight: float, steps: int) -> tuple[float, int]:
+        return 1.0 if self._uniform else float(weight), steps if self._by_steps else 1
 
-class _Scratch:
-    """Memory for one tensor in float64, used again for the next: it then stays in the cache."""
 
-    def __init__(self) -> None:
-        self._values = np.empty(0)
-        self._views: dict[tuple[int, ...], NDArray[np.float64]] = {}
+@dataclass
+class _Places:
+    """Where the tensors of updates of one layout go; found once, for most of a round is alike.
 
-    def filled(self, tensor: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The tensor in float64; good until the next call."""
-        if tensor.size > self._values.size:
-            self._values = np.empty(tensor.size)
-            self._views.clear()
-        view = self._views.get(tensor.shape)
-        if view is None:
-            view = self._values[: tensor.size].reshape(tensor.shape)
-            self._views[tensor.shape] = view
-        view[...] = tensor
-        return view
+    Attributes:
+        tensors: for each, float64 memory to weigh it in (the same for all of a
+            shape, so that it stays in the processor's cache) and its part of the sums.
+        share: sum of the weights of the updates so far.
+    """
+
+    tensors: list[tuple[NDArray[np.float64], NDArray[np.float64]]]
+    share: float = 0.0
+
+
+def _places(
+    layout: Layout, sums: Mapping[str, NDArray[np.float64]], scratch: NDArray[np.float64]
+) -> _Places:
+    return _Places(
+        [
+            (
+                scratch[: math.prod(shape)].reshape(shape),
+                sums[name][tuple(slice(size) for size in shape)],
+            )
+            for name, shape in layout
+        ]
+    )
+
+
+def _shares(places: Mapping[Layout, _Places]) -> dict[str, dict[int, float]]:
+    """Sums of weights by tensor and by the rank that was held."""
+    shares: dict[str, dict[int, float]] = {}
+    for layout, held in places.items():
+        for name, shape in layout:
+            by_rank, rank = shares.setdefault(name, {}), held_rank(name, shape)
+            by_rank[rank] = by_rank.get(rank, 0.0) + held.share
+    return shares
 
 
 def _zeros_like(adapter: Adapter) -> dict[str, NDArray[np.float64]]:

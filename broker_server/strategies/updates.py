@@ -19,6 +19,9 @@ Allowed = Literal["any", "pairs", "B", "one"]
 """Factors that updates may hold: any; A and B of a module together; only B; one of
 the two, the same in all updates of a round."""
 
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of an update in its order; devices with equal configs send equal ones."""
+
 
 class UpdateCheck:
     """Refuses what does not fit the global adapter, before anything is added.
@@ -33,10 +36,14 @@ class UpdateCheck:
         self._partners = {name: _partner(name) for name in global_adapter}
         self._allowed = allowed
         self._devices: set[str] = set()
+        self._fitting: set[Layout] = set()
         self._factor = "lora_B" if allowed == "B" else None
 
-    def admit(self, device_id: str, update: Adapter, *, weight: float, steps: int) -> None:
+    def admit(self, device_id: str, update: Adapter, *, weight: float, steps: int) -> Layout:
         """Accept an update and remember its device; a refusal leaves no trace.
+
+        Returns:
+            The update's names and shapes.
 
         Raises:
             ProtocolError: a name, shape, value or factor that was not asked for,
@@ -46,10 +53,12 @@ class UpdateCheck:
             raise ProtocolError(f"device {device_id} sent a second update in one round")
         if not update:
             raise ProtocolError(f"update of device {device_id} holds no tensor")
-        for name, delta in update.items():
-            self._check_tensor(device_id, name, delta)
-        for name in update:
-            self._check_pair(device_id, name, update)
+        layout = layout_of(update)
+        if layout not in self._fitting:
+            for name, delta in update.items():
+                self._check_tensor(device_id, name, delta)
+            for name in update:
+                self._check_pair(device_id, name, update)
         bad = not_finite(update)
         if bad is not None:
             raise ProtocolError(f"{bad} of device {device_id} holds values that are not finite")
@@ -60,7 +69,9 @@ class UpdateCheck:
                 " both must be positive"
             )
         self._factor = factor
+        self._fitting.add(layout)
         self._devices.add(device_id)
+        return layout
 
     def _check_tensor(self, device_id: str, name: str, delta: NDArray[np.float32]) -> None:
         expected = self._shapes.get(name)
@@ -97,6 +108,11 @@ class UpdateCheck:
                 f" this round trains {wanted} alone"
             )
         return next(iter(held), None)
+
+
+def layout_of(update: Adapter) -> Layout:
+    """Names and shapes of an update."""
+    return tuple([(name, delta.shape) for name, delta in update.items()])
 
 
 def rank_axis(name: str) -> int | None:
