@@ -32,10 +32,16 @@ from wire_protocol.parts import BlobRef
 log = structlog.get_logger()
 
 OnProgress = Callable[[int, int], None]
-"""Told how many bytes are through, and the total."""
+"""Told how many bytes came through, or are on their way up, and the total."""
 
 _PIECE_BYTES = 1024 * 1024
 _CHUNK_BYTES = 64 * 1024
+_WRITE_BYTES = 256 * 1024
+"""Worth a trip to a thread: a slow card may make a write wait."""
+
+_REQUEST_BYTES = 16 * 1024 * 1024
+"""Most bytes that one request sends; the server keeps what arrived of a broken one."""
+
 # The server forgot the upload, or another device that sends the same blob was faster.
 _ASK_AGAIN = frozenset({404, 409})
 _DAMAGED = 422
@@ -103,7 +109,7 @@ class BlobClient:
 
     async def probe_up(self, size_bytes: int) -> None:
         """Send bytes that no link can compress."""
-        await self._send("POST", "/v1/probe", os.urandom(size_bytes), {})
+        await self._send("POST", "/v1/probe", _noise(size_bytes), size_bytes, {})
 
     async def download(
         self,
@@ -163,15 +169,15 @@ class BlobClient:
                 FailureCode.MISSING_FILE, f"cannot read {path}: {error.strerror}"
             ) from error
         retries = Retries(self._patience, FailureCode.UPLOAD_FAILED)
-        attempt = partial(self._upload_once, ref, path, retries, on_progress)
         try:
-            return await retries.run(attempt)
+            return await retries.run(partial(self._upload_once, ref, path, retries, on_progress))
         except Rejected as error:
             if error.status != _DAMAGED:
                 raise DeviceError(FailureCode.UPLOAD_FAILED, f"upload: {error}") from error
             log.warning("upload_was_damaged", sha256=ref.sha256)
+        retries = Retries(self._patience, FailureCode.UPLOAD_FAILED)
         try:
-            return await retries.run(attempt)
+            return await retries.run(partial(self._upload_once, ref, path, retries, on_progress))
         except Rejected as error:
             raise DeviceError(FailureCode.UPLOAD_FAILED, f"upload: {error}") from error
 
@@ -240,16 +246,23 @@ class BlobClient:
             await self._link.asked()
             done = offset if response.status_code == 206 else 0
             with part.open("ab" if done else "wb") as file:
-                async for chunk in response.aiter_raw(_CHUNK_BYTES):
-                    done += len(chunk)
-                    self.received_bytes += len(chunk)
-                    if done > ref.size_bytes:
-                        raise Rejected(response.status_code, "it is longer than announced")
-                    await to_thread.run_sync(file.write, chunk)
-                    reached("agent.download_chunk", DONE)
-                    retries.progressed()
-                    await self._link.received(len(chunk))
-                    on_progress(done, ref.size_bytes)
+                waiting = bytearray()
+                try:
+                    async for chunk in response.aiter_raw(_CHUNK_BYTES):
+                        done += len(chunk)
+                        self.received_bytes += len(chunk)
+                        if done > ref.size_bytes:
+                            raise Rejected(response.status_code, "it is longer than announced")
+                        waiting += chunk
+                        if len(waiting) >= _WRITE_BYTES:
+                            piece, waiting = bytes(waiting), bytearray()
+                            await to_thread.run_sync(file.write, piece)
+                        reached("agent.download_chunk", DONE)
+                        retries.progressed()
+                        await self._link.received(len(chunk))
+                        on_progress(done, ref.size_bytes)
+                finally:
+                    file.write(waiting)
 
     async def _upload_once(
         self, ref: BlobRef, path: Path, retries: Retries, on_progress: OnProgress | None
@@ -268,27 +281,49 @@ class BlobClient:
         announced = ref.model_dump(mode="json")
         answer = await self._server.ask("POST", "/v1/blobs", json=announced)
         offset = ref.size_bytes if answer.get("state") == "exists" else _offset_in(answer)
+        retries.arrived(offset)
         while offset < ref.size_bytes:
-            piece = await to_thread.run_sync(_read_piece, path, offset)
-            if not piece:
-                raise Rejected(_DAMAGED, f"{path} became shorter while it was sent")
+            end = min(offset + _REQUEST_BYTES, ref.size_bytes)
+            body = self._part_of(path, offset, end, on_progress)
             headers = {"Upload-Offset": str(offset)}
-            await self._send("PATCH", f"/v1/blobs/{ref.sha256}", piece, headers)
-            offset += len(piece)
-            self.sent_bytes += len(piece)
-            retries.progressed()
-            if on_progress is not None:
-                on_progress(offset, ref.size_bytes)
+            await self._send("PATCH", f"/v1/blobs/{ref.sha256}", body, end - offset, headers)
+            offset = end
+            retries.arrived(offset)
         return ref
 
-    async def _send(self, method: str, url: str, body: bytes, headers: dict[str, str]) -> None:
+    async def _part_of(
+        self, path: Path, begin: int, end: int, on_progress: OnProgress | None
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a file from ``begin`` to ``end``."""
+        size_bytes = _size_bytes(path)
+        with path.open("rb") as file:
+            file.seek(begin)
+            while begin < end:
+                piece = await to_thread.run_sync(file.read, min(_PIECE_BYTES, end - begin))
+                if not piece:
+                    raise Rejected(_DAMAGED, f"{path} became shorter while it was sent")
+                for start in range(0, len(piece), _CHUNK_BYTES):
+                    chunk = piece[start : start + _CHUNK_BYTES]
+                    yield chunk
+                    begin += len(chunk)
+                    self.sent_bytes += len(chunk)
+                    if on_progress is not None:
+                        on_progress(begin, size_bytes)
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        body: AsyncIterator[bytes],
+        size_bytes: int,
+        headers: dict[str, str],
+    ) -> None:
         async def paced() -> AsyncIterator[bytes]:
-            for start in range(0, len(body), _CHUNK_BYTES):
-                chunk = body[start : start + _CHUNK_BYTES]
+            async for chunk in body:
                 yield chunk
                 await self._link.sent(len(chunk))
 
-        length = {"Content-Length": str(len(body))}
+        length = {"Content-Length": str(size_bytes)}
         async with self._server.stream(
             method, url, content=paced(), headers={**headers, **length}
         ) as response:
@@ -307,10 +342,9 @@ def _offset_in(answer: dict[str, Any]) -> int:
     return offset
 
 
-def _read_piece(path: Path, offset: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(_PIECE_BYTES)
+async def _noise(size_bytes: int) -> AsyncIterator[bytes]:
+    for begin in range(0, size_bytes, _CHUNK_BYTES):
+        yield os.urandom(min(_CHUNK_BYTES, size_bytes - begin))
 
 
 def _ref_of(path: Path) -> BlobRef:

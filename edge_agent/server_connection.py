@@ -77,7 +77,14 @@ class Retries:
         self._code = code
         self._rng = random.Random()  # noqa: S311 - jitter, not a secret
         self._progress_at_s = anyio.current_time()
+        self._furthest_bytes = 0
         self._failures = 0
+
+    def arrived(self, offset_bytes: int) -> None:
+        """So much has arrived in all; no progress unless it is more than ever before."""
+        if offset_bytes > self._furthest_bytes:
+            self._furthest_bytes = offset_bytes
+            self.progressed()
 
     def progressed(self) -> None:
         """A byte came through: patience and backoff begin anew."""

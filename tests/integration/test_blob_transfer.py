@@ -63,17 +63,14 @@ async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path
     server = BlobServer(free_port(), tmp_path / "blobs")
     server.start()
     (tmp_path / "update").write_bytes(CONTENT)
-    offsets: list[int] = []
-
-    two_pieces_are_there = anyio.Event()
+    killed = anyio.Event()
 
     def on_progress(done: int, _total: int) -> None:
-        offsets.append(done)
-        if len(offsets) == 2:
-            two_pieces_are_there.set()
+        if done > 2_000_000:
+            killed.set()
 
     async def kill_and_restart() -> None:
-        await two_pieces_are_there.wait()
+        await killed.wait()
         server.kill()
         (part,) = (tmp_path / "blobs" / "parts").iterdir()
         held.append(part.stat().st_size)
@@ -89,13 +86,13 @@ async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path
         ):
             tasks.start_soon(kill_and_restart)
             await client.upload(tmp_path / "update", on_progress=on_progress)
+            sent_bytes = client.sent_bytes
     finally:
         server.kill()
     assert BlobStore(tmp_path / "blobs").read(DIGEST) == CONTENT
     assert 0 < held[0] < len(CONTENT)
-    # Every offset is new: nothing that the server had was sent again.
-    assert offsets == sorted(set(offsets))
-    assert any((offset - held[0]) % 1024**2 == 0 for offset in offsets[:-1])
+    # Only what was between the two programs is lost: a piece in the server's memory, and buffers.
+    assert sent_bytes < len(CONTENT) + 1_000_000
 
 
 async def test_a_download_survives_a_server_that_is_killed_in_the_middle(tmp_path: Path) -> None:
