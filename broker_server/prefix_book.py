@@ -98,7 +98,8 @@ class PrefixBook:
         if not self._cuts:
             return None
         cut = self._cuts[lora.depth - 1]
-        return cut.narrow.get(max(lora.ranks), cut.top)
+        wide_enough = [rank for rank in cut.narrow if rank >= max(lora.ranks)]
+        return cut.narrow[min(wide_enough)] if wide_enough else cut.top
 
     def prefix(self, depth: int) -> Prefix | None:
         """What it applies below; None for the lower layers of what it loads."""

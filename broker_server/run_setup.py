@@ -14,7 +14,7 @@ from broker_server.run_state import RunCheckpoint, RunPlan
 from broker_server.strategies import DeviceCapacity, RunShape, Strategy
 from broker_server.strategies.prefix import prefix_rule
 from broker_server.strategies.protected import protected_strategy
-from broker_server.strategies.strategy import narrow_ranks
+from broker_server.strategies.strategy import narrow_ranks, tail_rule
 from wire_protocol.errors import ConfigError, ProtocolError
 from wire_protocol.initial_adapter import initial_adapter
 from wire_protocol.lora import BYTES_PER_VALUE, Codec
@@ -22,6 +22,7 @@ from wire_protocol.messages import (
     Command,
     Prefix,
     RoundStart,
+    TailPenalty,
     TrainingRecipe,
     encode_message,
 )
@@ -74,7 +75,7 @@ def _rehearse(strategy: Strategy, spec: RunSpec, shape: ModelShape) -> None:
         steps=spec.local_steps,
         deadline_s=1.0,
         seed=0,
-        recipe=recipe_of(spec),
+        recipe=recipe_of(spec, strategy),
         adapter=BlobRef(sha256="0" * 64, size_bytes=2**40),
         prefix=Prefix(adapter=BlobRef(sha256="0" * 64, size_bytes=2**40)),
         model_digest="0" * 64,
@@ -103,8 +104,9 @@ def strategy_of(spec: RunSpec) -> Strategy:
     )
 
 
-def recipe_of(spec: RunSpec) -> TrainingRecipe:
+def recipe_of(spec: RunSpec, strategy: Strategy) -> TrainingRecipe:
     """How every device of a run trains."""
+    tail = tail_rule(strategy)
     return TrainingRecipe(
         task=spec.task,
         dataset=spec.dataset,
@@ -116,6 +118,7 @@ def recipe_of(spec: RunSpec) -> TrainingRecipe:
         codec=spec.codec,
         adapter_codec=spec.adapter_codec,
         clip_norm=spec.privacy.clip_norm if spec.privacy else None,
+        tail=TailPenalty(share=tail.share, weight=tail.weight) if tail else None,
     )
 
 
@@ -162,7 +165,7 @@ def prepare_run(
     check_run(spec, shape)
     strategy = strategy_of(spec)
     sizes = run_shape(spec, shape)
-    recipe = recipe_of(spec)
+    recipe = recipe_of(spec, strategy)
     plan = RunPlan(
         run_id=run_id,
         rounds=spec.rounds,

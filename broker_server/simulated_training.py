@@ -28,7 +28,7 @@ from edge_agent.frozen_prefix import PrefixCache
 from edge_agent.prefix_store import PrefixStore
 from edge_agent.round_directory import LocalLimits, Recipe, TrainingReport, TrainRequest
 from wire_protocol.errors import DeviceError, FailureCode, ProtocolError
-from wire_protocol.lora import BYTES_PER_VALUE, Codec, quantising_token_layers
+from wire_protocol.lora import BYTES_PER_VALUE, Codec, TailRule, quantising_token_layers
 from wire_protocol.messages import RoundStart, TrainingRecipe
 from wire_protocol.parts import StepReport
 from wire_protocol.records import Columns
@@ -137,6 +137,7 @@ class SimulatedTrainer:
             max_tokens=recipe.max_tokens,
             codec=recipe.codec,
             clip_norm=recipe.clip_norm,
+            tail=TailRule(recipe.tail.share, recipe.tail.weight) if recipe.tail else None,
         )
         self._base: BaseModel = load_base_model(
             data.model_dir, recipe.task, self._recipe.label_count

@@ -44,6 +44,7 @@ from edge_agent.precision import autocast_dtype, grad_scaler
 from edge_agent.quantised_activations import quantised
 from edge_agent.round_directory import Recipe, TrainingReport, TrainRequest
 from edge_agent.stretch import Stretch
+from edge_agent.tail_penalty import TailPenalty
 from wire_protocol.errors import DeviceError, FailureCode
 from wire_protocol.lora import quantising_token_layers
 from wire_protocol.model_family import layer_of
@@ -226,6 +227,7 @@ class TrainingStep:
             head = {"params": list(attached.head.values()), "lr": recipe.head_learning_rate}
             groups.append(head)
         self.gradients = GradientSizes(attached.lora)
+        self._tail = TailPenalty(attached.lora, recipe.tail)
         self._optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self._dtype = autocast_dtype(self._device.type, precision)
         self._scaler = grad_scaler(enabled=self._dtype is torch.float16)
@@ -255,7 +257,7 @@ class TrainingStep:
                 line = f"the loss became {value}; lower the learning rate"
                 raise DeviceError(FailureCode.NON_FINITE_LOSS, line)
             began = self._now()
-            self._update(loss)
+            self._update(self._tail.added_to(loss))
             measured_s = self._now() - began
         backward_s = self._stretch.backward(tokens, depth=self._depth, measured_s=measured_s)
         return StepCost(tokens, value, forward_s, backward_s, forward_token_layers)

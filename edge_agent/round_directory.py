@@ -14,7 +14,7 @@ from typing import Any
 
 from wire_protocol.durable import write_durably
 from wire_protocol.errors import DeviceError, FailureCode
-from wire_protocol.lora import Codec
+from wire_protocol.lora import Codec, TailRule
 from wire_protocol.records import Columns
 
 ASSIGNMENT_FILE = "assignment.json"
@@ -35,6 +35,7 @@ class Recipe:
     max_tokens: int
     codec: Codec = Codec.FP32
     clip_norm: float | None = None
+    tail: TailRule | None = None
 
     @property
     def label_count(self) -> int:
@@ -141,6 +142,7 @@ class TrainRequest:
                 max_tokens=int(recipe["max_tokens"]),
                 codec=Codec(recipe["codec"]),
                 clip_norm=recipe.get("clip_norm"),
+                tail=TailRule(**recipe["tail"]) if recipe.get("tail") else None,
             ),
             limits=LocalLimits(
                 batch_size=int(value["batch_size"]),

@@ -5,6 +5,7 @@ Valid on Python 3.8; imports nothing outside the standard library.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Tuple
@@ -34,6 +35,26 @@ QUANTISED_KEPT = 0.27
 
 QUANTISED_WORK = 0.3
 """What quantising a layer's activations costs of its forward pass, as measured there on a CPU."""
+
+
+@dataclass(frozen=True)
+class TailRule:
+    """How training shrinks the last ranks of a module.
+
+    Attributes:
+        share: of the ranks that are no tail.
+        weight: of the tail's size in the loss.
+
+    Source: HetLoRA (arXiv:2401.06432), gamma and lambda of its self-pruning.
+    """
+
+    share: float
+    weight: float
+
+
+def kept_ranks(rank: int, share: float) -> int:
+    """Ranks in front of the tail: the whole part of ``share * rank``."""
+    return math.floor(share * rank)
 
 
 def kept_layers(depth: float, quantised: float) -> float:

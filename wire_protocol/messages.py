@@ -132,6 +132,16 @@ class UpdateManifest(Part):
     emulated: Line | None = None
 
 
+class TailPenalty(Part):
+    """Add ``weight`` times the size of the last ranks of every module to the loss.
+
+    The last ranks are those behind the whole part of ``share`` of them.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    weight: float = Field(ge=0, allow_inf_nan=False)
+
+
 class TrainingRecipe(Part):
     """How every device of a run trains; the same for all of them.
 
@@ -150,6 +160,7 @@ class TrainingRecipe(Part):
     codec: Codec = Codec.FP32
     adapter_codec: Codec = Codec.FP32
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tail: TailPenalty | None = None
 
 
 class Prefix(Part):

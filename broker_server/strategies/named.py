@@ -16,14 +16,19 @@ from broker_server.strategies.legend import (
 from broker_server.strategies.one_factor import ffa_lora, ro_lora
 from broker_server.strategies.options import Reader, read_options
 from broker_server.strategies.strategy import Strategy
-from broker_server.strategies.tiered_lora import TIERED_OPTIONS, flex_lora, het_lora
+from broker_server.strategies.tiered_lora import (
+    HETLORA_OPTIONS,
+    TIERED_OPTIONS,
+    flex_lora,
+    het_lora,
+)
 from wire_protocol.errors import ConfigError
 
 _STRATEGIES: Mapping[str, tuple[Callable[..., Strategy], Mapping[str, Reader]]] = {
     "legend": (legend, LEGEND_OPTIONS),
     "legend-paper": (legend_paper, PAPER_OPTIONS),
     "fedlora": (FedLora, FEDLORA_OPTIONS),
-    "hetlora": (het_lora, TIERED_OPTIONS),
+    "hetlora": (het_lora, HETLORA_OPTIONS),
     "flexlora": (flex_lora, TIERED_OPTIONS),
     "fedadapter": (FedAdapter, FEDADAPTER_OPTIONS),
     "fedquad": (fed_quad, FEDQUAD_OPTIONS),

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.aggregate import HolderMean
+from broker_server.strategies.self_pruning import SelfPruning
 from broker_server.strategies.strategy import Adapter
 from broker_server.strategies.updates import UpdateCheck, rank_axis
 
@@ -28,12 +29,14 @@ class NormWeightedMean:
 
     Args:
         global_adapter: what every update is a delta against.
+        pruning: told what every device began with and what it trained.
 
     Source: HetLoRA, arXiv:2401.06432; over all modules at once as reconstructed.
     """
 
-    def __init__(self, global_adapter: Adapter) -> None:
+    def __init__(self, global_adapter: Adapter, pruning: SelfPruning | None = None) -> None:
         self._old = global_adapter
+        self._pruning = pruning
         self._check = UpdateCheck(global_adapter, "pairs")
         self._head = HolderMean({n: v for n, v in global_adapter.items() if rank_axis(n) is None})
         factors = {n: v for n, v in global_adapter.items() if rank_axis(n) is not None}
@@ -52,6 +55,9 @@ class NormWeightedMean:
         if head:
             self._head.add(device_id, head, weight=weight, steps=steps)
         trained = {name: values_after(self._old, update, name) for name in update.keys() - head}
+        if self._pruning and trained:
+            before = {name: values_before(self._old, update, name) for name in trained}
+            self._pruning.judge(device_id, before, trained)
         norm = product_norm(trained) + _LEAST_NORM
         for name, values in trained.items():
             self._sums[name][tuple(slice(size) for size in values.shape)] += norm * values
@@ -71,8 +77,12 @@ class NormWeightedMean:
 
 def values_after(old: Adapter, update: Adapter, name: str) -> NDArray[np.float64]:
     """A tensor as the device had it after training: as many rank rows as it held."""
-    delta = update[name].astype(np.float64)
-    return delta + old[name][tuple(slice(size) for size in delta.shape)]
+    return values_before(old, update, name) + update[name]
+
+
+def values_before(old: Adapter, update: Adapter, name: str) -> NDArray[np.float64]:
+    """The same before training."""
+    return old[name][tuple(slice(size) for size in update[name].shape)].astype(np.float64)
 
 
 def product_norm(factors: dict[str, NDArray[np.float64]]) -> float:

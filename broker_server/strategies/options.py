@@ -42,13 +42,13 @@ def number(low: float, high: float = 1e9, *, low_included: bool = True) -> Reade
     return read
 
 
-def share() -> Reader:
-    """A part of a whole, above 0; 1 is the whole."""
-    wanted = "a number above 0 and at most 1"
+def share(*, below_one: bool = False) -> Reader:
+    """A part of a whole, above 0; 1 is the whole, where that is allowed."""
+    wanted = f"a number above 0 and {'below' if below_one else 'at most'} 1"
 
     def read(value: object) -> float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            within = 0 < value <= 1
+            within = 0 < value < 1 if below_one else 0 < value <= 1
             if within:
                 return float(value)
         raise ValueError(wanted)

@@ -43,8 +43,10 @@ from broker_server.strategies.strategy import (
     RunShape,
     Strategy,
     narrow_ranks,
+    tail_rule,
 )
 from wire_protocol.errors import ConfigError
+from wire_protocol.lora import TailRule
 
 DEFENCE_OPTIONS: Mapping[str, Reader] = {
     "defence": choice("none", "clip", "trimmed_mean", "median"),
@@ -134,6 +136,11 @@ class Protected:
     def narrow_ranks(self) -> tuple[int, ...]:
         """See ``GivesNarrowRanks.narrow_ranks``."""
         return narrow_ranks(self.strategy)
+
+    @property
+    def tail(self) -> TailRule | None:
+        """See ``ShrinksTails.tail``."""
+        return tail_rule(self.strategy)
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
         """See ``Strategy.global_ranks``."""

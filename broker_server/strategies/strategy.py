@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_server.strategies.prefix import SYNCED, PrefixRule
-from wire_protocol.lora import LoraConfig
+from wire_protocol.lora import LoraConfig, TailRule
 
 Adapter = Mapping[str, NDArray[np.float32]]
 """LoRA and head tensors by our names (see ``wire_protocol.model_family``), float32."""
@@ -201,6 +201,16 @@ class GivesNarrowRanks(Protocol):
         ...
 
 
+@runtime_checkable
+class ShrinksTails(Protocol):
+    """A strategy whose devices train with a penalty on their last ranks."""
+
+    @property
+    def tail(self) -> TailRule | None:
+        """The penalty; None for none."""
+        ...
+
+
 class Strategy(Protocol):
     """A way to share one fine-tuning among unequal devices."""
 
@@ -235,6 +245,11 @@ class Strategy(Protocol):
     def begin(self, global_adapter: Adapter) -> Aggregation:
         """Start to aggregate updates that are deltas against this adapter."""
         ...
+
+
+def tail_rule(strategy: Strategy) -> TailRule | None:
+    """See ``ShrinksTails``; None for a strategy that does not."""
+    return strategy.tail if isinstance(strategy, ShrinksTails) else None
 
 
 def narrow_ranks(strategy: Strategy) -> tuple[int, ...]:

@@ -4,21 +4,24 @@ The two differ in aggregation alone: HetLoRA pads factors with zeros and weights
 them by the norm of their product, FlexLoRA averages products and cuts the mean
 to each rank by SVD.
 
-Left out of HetLoRA: the penalty on the tail of a device's ranks and the
-self-pruning that follows from it. Both are the device's work, and our devices
-train the ranks that they are given.
+HetLoRA's devices also train with a penalty on their last ranks, and those whose
+last ranks shrink get fewer from then on (``self_pruning``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from broker_server.strategies.capacity import DEFAULT_RHO
 from broker_server.strategies.norm_mean import NormWeightedMean
-from broker_server.strategies.options import integer
+from broker_server.strategies.options import integer, number, optional, share
 from broker_server.strategies.product_mean import ProductMean
+from broker_server.strategies.self_pruning import SelfPruning
 from broker_server.strategies.strategy import (
     Adapter,
     Aggregation,
@@ -27,12 +30,18 @@ from broker_server.strategies.strategy import (
     RunShape,
 )
 from broker_server.strategies.tiers import RankTiers, tiered_configuration
-from wire_protocol.lora import MAX_RANK
+from wire_protocol.lora import MAX_RANK, TailRule
 
 TIERED_OPTIONS = {
     "rank_min": integer(1, MAX_RANK),
     "rank_max": integer(1, MAX_RANK),
     "tiers": integer(1, 16),
+}
+
+HETLORA_OPTIONS = {
+    **TIERED_OPTIONS,
+    "keep_share": optional(share(below_one=True)),
+    "tail_weight": number(0),
 }
 
 
@@ -46,6 +55,8 @@ class TieredLora:
         tiers: number of tiers between them.
         aggregation: ``norms`` (HetLoRA) or ``products`` (FlexLoRA).
         rho: weight of the past in the capacity estimates behind the tiers.
+        keep_share: gamma of self-pruning; None prunes nobody.
+        tail_weight: lambda, weight of the last ranks in a device's loss.
 
     Raises:
         ConfigError: ``rank_min`` exceeds ``rank_max``.
@@ -59,9 +70,20 @@ class TieredLora:
     tiers: int = 3
     aggregation: Literal["norms", "products"] = "norms"
     rho: float = DEFAULT_RHO
+    keep_share: float | None = None
+    tail_weight: float = 0.0
+    _pruning: SelfPruning | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._tiers()
+        if self.keep_share is not None:
+            pruning = SelfPruning(self.keep_share, self.rank_min)
+            object.__setattr__(self, "_pruning", pruning)
+
+    @property
+    def tail(self) -> TailRule | None:
+        """See ``ShrinksTails.tail``."""
+        return TailRule(self.keep_share, self.tail_weight) if self.keep_share else None
 
     def global_ranks(self, shape: RunShape) -> tuple[int, ...]:
         """The largest rank at every layer."""
@@ -79,25 +101,43 @@ class TieredLora:
         round_number: int,  # noqa: ARG002 - part of the interface; every round is the same
     ) -> Configuration:
         """Full depth for all, ranks by tier; who cannot hold full depth is refused."""
-        return tiered_configuration(shape, devices, self._tiers())
+        pruned = self._pruning.ranks if self._pruning else None
+        return tiered_configuration(shape, devices, self._tiers(), pruned=pruned)
 
     def begin(self, global_adapter: Adapter) -> Aggregation:
         """Norm-weighted factors, or the SVD of the mean product."""
         if self.aggregation == "norms":
-            return NormWeightedMean(global_adapter)
+            return NormWeightedMean(global_adapter, self._pruning)
         return ProductMean(global_adapter)
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Ranks that devices were pruned to."""
+        return self._pruning.state() if self._pruning else {}
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """See ``KeepsState.restore``."""
+        if self._pruning:
+            self._pruning.restore(state)
 
     def _tiers(self) -> RankTiers:
         return RankTiers(self.rank_min, self.rank_max, self.tiers)
 
 
-def het_lora(rank_min: int = 4, rank_max: int = 16, tiers: int = 3) -> TieredLora:
-    """HetLoRA, without self-pruning.
+def het_lora(
+    rank_min: int = 4,
+    rank_max: int = 16,
+    tiers: int = 3,
+    keep_share: float | None = 0.99,
+    tail_weight: float = 1e-3,
+) -> TieredLora:
+    """HetLoRA.
 
     Raises:
         ConfigError: ``rank_min`` exceeds ``rank_max``.
     """
-    return TieredLora(rank_min, rank_max, tiers, "norms")
+    return TieredLora(
+        rank_min, rank_max, tiers, "norms", keep_share=keep_share, tail_weight=tail_weight
+    )
 
 
 def flex_lora(rank_min: int = 4, rank_max: int = 16, tiers: int = 3) -> TieredLora:

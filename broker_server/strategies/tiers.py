@@ -6,7 +6,7 @@ adapter, which has the highest rank everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,11 @@ class RankTiers:
 
 
 def tiered_configuration(
-    shape: RunShape, devices: Sequence[DeviceCapacity], tiers: RankTiers
+    shape: RunShape,
+    devices: Sequence[DeviceCapacity],
+    tiers: RankTiers,
+    *,
+    pruned: Mapping[str, int] | None = None,
 ) -> Configuration:
     """Full depth for all, with the rank of the device's tier.
 
@@ -61,6 +65,7 @@ def tiered_configuration(
         shape: what is the same for every device.
         devices: the cohort in any order, each device once.
         tiers: ranks to give.
+        pruned: by device, a rank that it must not exceed.
 
     Raises:
         ValueError: a device is listed twice.
@@ -75,20 +80,15 @@ def tiered_configuration(
         return Configuration({}, global_ranks, cohort.refused)
     at_most = completion_s(shape, cohort.devices, global_ranks)[:, -1]
     tier = _tier_of(at_most, tiers.tiers)
-    ranks = tiers.ranks()
-    configs = [LoraConfig((rank,) * layers) for rank in ranks]
-    predicted = np.zeros(len(tier))
-    for index, config in enumerate(configs):
-        chosen = np.flatnonzero(tier == index)
-        members = [cohort.devices[row] for row in chosen.tolist()]
-        times = completion_s(shape, members, config.ranks)
-        predicted[chosen] = times[:, -1]
-    plans = {
-        device.device_id: Plan(configs[index], shape.steps, seconds)
-        for device, index, seconds in zip(
-            cohort.devices, tier.tolist(), predicted.tolist(), strict=True
-        )
-    }
+    most = np.array([(pruned or {}).get(one.device_id, tiers.rank_max) for one in cohort.devices])
+    ranks = np.minimum(np.array(tiers.ranks())[tier], most)
+    plans: dict[str, Plan] = {}
+    for rank in np.unique(ranks).tolist():
+        config = LoraConfig((rank,) * layers)
+        members = [cohort.devices[row] for row in np.flatnonzero(ranks == rank).tolist()]
+        times = completion_s(shape, members, config.ranks)[:, -1]
+        for device, seconds in zip(members, times.tolist(), strict=True):
+            plans[device.device_id] = Plan(config, shape.steps, seconds)
     return Configuration(plans, global_ranks, cohort.refused)
 
 

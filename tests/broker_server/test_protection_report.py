@@ -13,7 +13,7 @@ from broker_server.privacy import epsilon_after
 from broker_server.round_summary import summarise
 from broker_server.run_events import AdapterEvaluated, RoundAggregated
 from broker_server.run_folder import metrics_lines, summary
-from broker_server.run_setup import check_run, recipe_of
+from broker_server.run_setup import check_run, recipe_of, strategy_of
 from broker_server.run_spec import PrivacySettings, RunSpec
 from broker_server.run_state import Member, MemberCheckpoint
 from broker_server.strategies.defence import Finding
@@ -110,8 +110,9 @@ def test_runs_have_a_column_of_epsilon_once_one_of_them_is_private() -> None:
 def test_devices_are_told_the_norm_and_only_in_private_runs() -> None:
     private = SPEC.model_copy(update={"privacy": PRIVATE})
 
-    assert recipe_of(private).clip_norm == 0.5
-    assert "clip_norm" not in recipe_of(SPEC).model_dump(mode="json", exclude_none=True)
+    assert recipe_of(private, strategy_of(private)).clip_norm == 0.5
+    plain = recipe_of(SPEC, strategy_of(SPEC))
+    assert "clip_norm" not in plain.model_dump(mode="json", exclude_none=True)
     check_run(private, SHAPE)
 
 

@@ -269,3 +269,26 @@ def test_ranks_that_follow_gradients_change_on_the_way_and_survive_an_interrupti
     interrupted(spec_path, tmp_path / "parts", *learned, after=3)
     assert run(spec_path, tmp_path / "parts", *learned).status is RunStatus.FINISHED
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_hetlora_prunes_ranks_that_its_penalty_shrank_and_survives_an_interruption(
+    tmp_path: Path, spec_path: Path
+) -> None:
+    options = "{rank_max: 8, tiers: 1, keep_share: 0.5, tail_weight: %s}"
+    base = ("strategy=hetlora", "rounds=5", "devices_per_round=6", "local_steps=4")
+
+    def ranks_of(out: Path, weight: float) -> list[set[int]]:
+        run(spec_path, out, *base, f"strategy_options={options % weight}")
+        held = lines(out, "assignments.jsonl")
+        return [{max(line["ranks"]) for line in held if line["round"] == n} for n in range(1, 6)]
+
+    free, penalised = ranks_of(tmp_path / "free", 0.0), ranks_of(tmp_path / "whole", 30.0)
+    assert free[0] == penalised[0] == {8}
+    assert sum(map(min, penalised)) < sum(map(min, free))
+    assert 4 in penalised[-1]
+
+    settings = (*base, f"strategy_options={options % 30.0}")
+    for rounds in (2, 4):
+        interrupted(spec_path, tmp_path / "parts", *settings, after=rounds)
+    run(spec_path, tmp_path / "parts", *settings)
+    assert_same(tmp_path / "whole", tmp_path / "parts")

@@ -18,6 +18,7 @@ TRAINER = (
     "finetune",
     "frozen_prefix",
     "gradient_sizes",
+    "tail_penalty",
     "layer_range",
     "onnx_runtime",
     "peak_memory",

@@ -68,6 +68,20 @@ def test_plans_keep_memory_and_do_not_depend_on_the_order_of_devices(
             assert memory_bytes(shape, [one])[0, -1] <= one.memory_budget_bytes
 
 
+def test_a_pruned_device_never_gets_more_than_it_was_pruned_to() -> None:
+    fleet = [device("fast", gflop_per_s=100), device("slow", gflop_per_s=50)]
+    tiers = RankTiers(4, 16, 2)
+
+    plans = tiered_configuration(SIX_LAYERS, fleet, tiers, pruned={"fast": 11, "slow": 9}).plans
+
+    assert {name: plan.lora.ranks for name, plan in plans.items()} == {
+        "fast": (11,) * 6,
+        "slow": (4,) * 6,
+    }
+    alone = tiered_configuration(SIX_LAYERS, fleet, tiers).plans
+    assert plans["fast"].predicted_s < alone["fast"].predicted_s
+
+
 @given(shapes(), fleets())
 def test_a_faster_device_never_gets_a_lower_rank(
     shape: RunShape, fleet: list[DeviceCapacity]
