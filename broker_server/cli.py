@@ -44,8 +44,8 @@ def serve(settings_file: Path | None, log_level: str) -> None:
     """Serve devices and operators until stopped."""
     import anyio
 
-    from broker_server.heap import use_few_arenas
     from broker_server.settings import load_settings
+    from wire_protocol.heap import use_few_arenas
 
     use_few_arenas()
     configure_logging(log_level)

@@ -14,11 +14,11 @@ import anyio
 
 from broker_server.blobs import BlobStore
 from broker_server.export import AdapterCard, export_adapter
-from broker_server.heap import give_back
 from broker_server.run_folder import ADAPTER_FOLDER, remove_leftovers
 from broker_server.run_spec import PrivacySettings
 from broker_server.run_state import RoundResult, RunCheckpoint
 from broker_server.store import Store
+from wire_protocol.heap import give_back
 from wire_protocol.messages import UpdateManifest
 from wire_protocol.model_family import ModelShape
 from wire_protocol.parts import BlobRef

@@ -32,6 +32,7 @@ from edge_agent.outcome import outcome_of
 from edge_agent.round_work import Workshop, do_round
 from edge_agent.status_file import StatusFile
 from wire_protocol.errors import DeviceError, FailureCode, LegendError, ProtocolError, Refused
+from wire_protocol.heap import give_back
 from wire_protocol.messages import (
     Ack,
     Birth,
@@ -330,6 +331,7 @@ class Agent:
             self.workshop.state.forget_round(start.assignment_id)
         self.workshop.state.trim_blobs(CACHED_ADAPTER_BYTES)
         await self._send.send(outcome)
+        give_back()
 
     async def _stop_work(self) -> None:
         scope = self._work_scope
@@ -365,6 +367,7 @@ class Agent:
             log.exception("benchmark_crashed")
             outcome = session.BenchmarkFailed(f"{type(error).__name__}: {error}")
         await self._send.send(outcome)
+        give_back()
 
     def _progress(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -39,9 +41,11 @@ def configure_logging(level: str) -> None:
         level: of our own messages. Libraries stay at ``warning``: at lower levels they quote
             requests, and with them what must not be in a log.
     """
-    import structlog  # noqa: PLC0415 - --help must answer at once
-
     terminal = sys.stderr.isatty()
+    with contextlib.nullcontext() if terminal else _unavailable("rich"):
+        # It loads rich for tracebacks at a terminal: 5 MB that a service never uses.
+        import structlog  # noqa: PLC0415 - --help must answer at once
+
     renderer: Any = (
         structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     )
@@ -67,6 +71,19 @@ def configure_logging(level: str) -> None:
     logging.captureWarnings(capture=True)
     if not terminal:
         _log_crashes(structlog.get_logger())
+
+
+@contextlib.contextmanager
+def _unavailable(package: str) -> Iterator[None]:
+    """Who tries to import a package meanwhile does without; where it is loaded, nothing changes."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # what the import system documents
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _log_crashes(log: Any) -> None:

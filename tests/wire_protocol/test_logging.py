@@ -55,3 +55,19 @@ def test_at_debug_level_libraries_do_not_quote_requests() -> None:
     found = lines("debug")
     assert any(line["event"] == "ours_debug" for line in found)
     assert "password" not in json.dumps(found)
+
+
+def test_a_service_does_not_carry_what_only_a_terminal_needs() -> None:
+    program = """
+import sys
+from wire_protocol.command_line import configure_logging
+configure_logging("info")
+import structlog
+assert "rich" not in sys.modules
+from rich.console import Console
+Console().print("[bold]a table, later[/bold]")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("a table, later\n", "")

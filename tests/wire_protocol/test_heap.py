@@ -10,7 +10,7 @@ import pytest
 
 FREED_BETWEEN_WHAT_STAYS = """
 import json, os
-from broker_server.heap import give_back, use_few_arenas
+from wire_protocol.heap import give_back, use_few_arenas
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
