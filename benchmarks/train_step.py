@@ -50,7 +50,7 @@ def main() -> int:
     began = time.monotonic()
     config = (model_folder() / "config.json").read_text(encoding="utf-8")
     layers = int(json.loads(config)["num_hidden_layers"])
-    depths = options.depths or {layers, layers // 2, 2, 1}
+    depths = options.depths or ({layers, 2} if options.quick else {layers, layers // 2, 2, 1})
     rows = [measure(depth, layers, options) for depth in sorted(depths, reverse=True)]
     Console(width=150).print(table(rows))
     result = {
@@ -315,13 +315,13 @@ def numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few steps")
+    parser.add_argument("--quick", action="store_true", help="few steps, two depths")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data/sst2_sent/train.tsv"), help="label, text"
     )
     parser.add_argument("--steps", type=int, help="timed steps of each loop; default 24, quick 4")
-    parser.add_argument("--depths", type=numbers, help="comma-separated; default: L, L/2, 2, 1")
+    parser.add_argument("--depths", type=numbers, help="default: L, L/2, 2, 1; quick: L, 2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", choices=("plain", "cold", "warm"), help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
