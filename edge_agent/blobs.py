@@ -11,6 +11,7 @@ import os
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,15 +255,17 @@ class BlobClient:
                         if done > ref.size_bytes:
                             raise Rejected(response.status_code, "it is longer than announced")
                         waiting += chunk
-                        if len(waiting) >= _WRITE_BYTES:
+                        if len(waiting) >= _WRITE_BYTES or done == ref.size_bytes:
                             piece, waiting = bytes(waiting), bytearray()
                             await to_thread.run_sync(file.write, piece)
-                        reached("agent.download_chunk", DONE)
+                            reached("agent.download_chunk", DONE)
                         retries.progressed()
                         await self._link.received(len(chunk))
                         on_progress(done, ref.size_bytes)
                 finally:
-                    file.write(waiting)
+                    # Nothing waits here unless the transfer broke, which is what is to be reported.
+                    with suppress(OSError):
+                        file.write(waiting)
 
     async def _upload_once(
         self, ref: BlobRef, path: Path, retries: Retries, on_progress: OnProgress | None
@@ -281,21 +284,24 @@ class BlobClient:
         announced = ref.model_dump(mode="json")
         answer = await self._server.ask("POST", "/v1/blobs", json=announced)
         offset = ref.size_bytes if answer.get("state") == "exists" else _offset_in(answer)
-        retries.arrived(offset)
+
+        def sent(end: int) -> None:
+            retries.arrived(end)
+            if on_progress is not None:
+                on_progress(end, ref.size_bytes)
+
         while offset < ref.size_bytes:
             end = min(offset + _REQUEST_BYTES, ref.size_bytes)
-            body = self._part_of(path, offset, end, on_progress)
+            body = self._part_of(path, offset, end, sent)
             headers = {"Upload-Offset": str(offset)}
             await self._send("PATCH", f"/v1/blobs/{ref.sha256}", body, end - offset, headers)
             offset = end
-            retries.arrived(offset)
         return ref
 
     async def _part_of(
-        self, path: Path, begin: int, end: int, on_progress: OnProgress | None
+        self, path: Path, begin: int, end: int, sent: Callable[[int], None]
     ) -> AsyncIterator[bytes]:
-        """The bytes of a file from ``begin`` to ``end``."""
-        size_bytes = _size_bytes(path)
+        """The bytes of a file from ``begin`` to ``end``; ``sent`` hears how far it is."""
         with path.open("rb") as file:
             file.seek(begin)
             while begin < end:
@@ -307,8 +313,7 @@ class BlobClient:
                     yield chunk
                     begin += len(chunk)
                     self.sent_bytes += len(chunk)
-                    if on_progress is not None:
-                        on_progress(begin, size_bytes)
+                    sent(begin)
 
     async def _send(
         self,

@@ -81,7 +81,11 @@ class Retries:
         self._failures = 0
 
     def arrived(self, offset_bytes: int) -> None:
-        """So much has arrived in all; no progress unless it is more than ever before."""
+        """So much of a file is through; no progress unless it is more than ever before.
+
+        What is sent may still be lost on the way, but each byte of the file counts once, so that
+        a link which swallows everything does not last for ever.
+        """
         if offset_bytes > self._furthest_bytes:
             self._furthest_bytes = offset_bytes
             self.progressed()

@@ -8,7 +8,8 @@ A device holds row j if it trained the layer with a rank above j. Rows without
 holder keep their value bit for bit. With equal base this is eq. 5's mean of
 factors, because every update is a delta against the same adapter.
 
-Memory is one adapter in float64 and one tensor, however many devices report. Sums are kept
+Memory is one adapter in float64 and one tensor, however many devices report, and where its tensors
+go for every layout (names and shapes, in their order) that updates came in. Sums are kept
 in float64, so the order of arrival can change at most the last bit of a
 float32 result; add updates in the order of device_id to get the same bits again.
 """

@@ -56,7 +56,7 @@ class NormWeightedMean:
             self._head.add(device_id, head, weight=weight, steps=steps)
         trained = {name: values_after(self._old, update, name) for name in update.keys() - head}
         if self._pruning and trained:
-            before = {name: values_before(self._old, update, name) for name in trained}
+            before = {name: held_before(self._old, update, name) for name in trained}
             self._pruning.judge(device_id, before, trained)
         norm = product_norm(trained) + _LEAST_NORM
         for name, values in trained.items():
@@ -77,12 +77,12 @@ class NormWeightedMean:
 
 def values_after(old: Adapter, update: Adapter, name: str) -> NDArray[np.float64]:
     """A tensor as the device had it after training: as many rank rows as it held."""
-    return values_before(old, update, name) + update[name]
+    return held_before(old, update, name).astype(np.float64) + update[name]
 
 
-def values_before(old: Adapter, update: Adapter, name: str) -> NDArray[np.float64]:
-    """The same before training."""
-    return old[name][tuple(slice(size) for size in update[name].shape)].astype(np.float64)
+def held_before(old: Adapter, update: Adapter, name: str) -> NDArray[np.float32]:
+    """The same before training: a view."""
+    return old[name][tuple(slice(size) for size in update[name].shape)]
 
 
 def product_norm(factors: dict[str, NDArray[np.float64]]) -> float:

@@ -101,8 +101,9 @@ class TieredLora:
         round_number: int,  # noqa: ARG002 - part of the interface; every round is the same
     ) -> Configuration:
         """Full depth for all, ranks by tier; who cannot hold full depth is refused."""
-        pruned = self._pruning.ranks if self._pruning else None
-        return tiered_configuration(shape, devices, self._tiers(), pruned=pruned)
+        if self._pruning is None:
+            return tiered_configuration(shape, devices, self._tiers())
+        return tiered_configuration(shape, devices, self._tiers(), allowed=self._pruning.allowed)
 
     def begin(self, global_adapter: Adapter) -> Aggregation:
         """Norm-weighted factors, or the SVD of the mean product."""
@@ -111,7 +112,7 @@ class TieredLora:
         return ProductMean(global_adapter)
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Ranks that devices were pruned to."""
+        """How often devices were pruned."""
         return self._pruning.state() if self._pruning else {}
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:

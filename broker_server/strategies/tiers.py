@@ -6,7 +6,7 @@ adapter, which has the highest rank everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,7 @@ def tiered_configuration(
     devices: Sequence[DeviceCapacity],
     tiers: RankTiers,
     *,
-    pruned: Mapping[str, int] | None = None,
+    allowed: Callable[[str, int], int] = lambda _device, rank: rank,
 ) -> Configuration:
     """Full depth for all, with the rank of the device's tier.
 
@@ -65,7 +65,7 @@ def tiered_configuration(
         shape: what is the same for every device.
         devices: the cohort in any order, each device once.
         tiers: ranks to give.
-        pruned: by device, a rank that it must not exceed.
+        allowed: what a device may have of its tier's rank.
 
     Raises:
         ValueError: a device is listed twice.
@@ -80,13 +80,17 @@ def tiered_configuration(
         return Configuration({}, global_ranks, cohort.refused)
     at_most = completion_s(shape, cohort.devices, global_ranks)[:, -1]
     tier = _tier_of(at_most, tiers.tiers)
-    most = np.array([(pruned or {}).get(one.device_id, tiers.rank_max) for one in cohort.devices])
-    ranks = np.minimum(np.array(tiers.ranks())[tier], most)
+    of_tier = np.array(tiers.ranks())[tier].tolist()
+    ranks = np.array(
+        [allowed(one.device_id, rank) for one, rank in zip(cohort.devices, of_tier, strict=True)]
+    )
     plans: dict[str, Plan] = {}
     for rank in np.unique(ranks).tolist():
         config = LoraConfig((rank,) * layers)
         members = [cohort.devices[row] for row in np.flatnonzero(ranks == rank).tolist()]
-        times = completion_s(shape, members, config.ranks)[:, -1]
+        # Adapters are kept at the ranks of the tiers; who trains fewer loads the next larger.
+        loaded = (min(one for one in tiers.ranks() if one >= rank),) * layers
+        times = completion_s(shape, members, config.ranks, global_ranks=loaded)[:, -1]
         for device, seconds in zip(members, times.tolist(), strict=True):
             plans[device.device_id] = Plan(config, shape.steps, seconds)
     return Configuration(plans, global_ranks, cohort.refused)

@@ -90,6 +90,28 @@ def test_patience_counts_from_the_last_byte_that_came_through() -> None:
     assert "broken again" in str(error)
 
 
+def test_a_byte_that_is_sent_again_and_again_is_no_progress() -> None:
+    patience = Patience(total_s=0.1, first_retry_s=0.001, longest_retry_s=0.01)
+
+    async def run() -> int:
+        retries = Retries(patience, FailureCode.UPLOAD_FAILED)
+        reached = 0
+
+        async def attempt() -> None:
+            nonlocal reached
+            await anyio.sleep(0.02)
+            if reached < 20:
+                reached += 1
+            retries.arrived(reached)
+            raise ServerUnavailable("broken again")
+
+        with pytest.raises(DeviceError):
+            await retries.run(attempt)
+        return reached
+
+    assert anyio.run(run) == 20
+
+
 def test_a_file_that_is_not_there_cannot_be_uploaded(tmp_path: Path) -> None:
     async def run() -> None:
         async with BlobClient("http://127.0.0.1:1") as client:

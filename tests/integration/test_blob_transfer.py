@@ -63,14 +63,16 @@ async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path
     server = BlobServer(free_port(), tmp_path / "blobs")
     server.start()
     (tmp_path / "update").write_bytes(CONTENT)
-    killed = anyio.Event()
+    progress: list[tuple[int, int]] = []
+    enough = anyio.Event()
 
-    def on_progress(done: int, _total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
+        progress.append((done, total))
         if done > 2_000_000:
-            killed.set()
+            enough.set()
 
     async def kill_and_restart() -> None:
-        await killed.wait()
+        await enough.wait()
         server.kill()
         (part,) = (tmp_path / "blobs" / "parts").iterdir()
         held.append(part.stat().st_size)
@@ -93,6 +95,50 @@ async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path
     assert 0 < held[0] < len(CONTENT)
     # Only what was between the two programs is lost: a piece in the server's memory, and buffers.
     assert sent_bytes < len(CONTENT) + 1_000_000
+    assert progress[-1] == (len(CONTENT), len(CONTENT))
+
+
+async def test_a_file_larger_than_a_request_goes_up_in_several(
+    server: BlobServer, store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.blobs._REQUEST_BYTES", 1_000_001)
+    (tmp_path / "update").write_bytes(CONTENT)
+    async with BlobClient(server.url) as client:
+        await client.upload(tmp_path / "update")
+        assert client.sent_bytes == len(CONTENT)
+    assert store.read(DIGEST) == CONTENT
+
+
+async def test_an_upload_that_takes_longer_than_patience_goes_on_after_a_loss(
+    tmp_path: Path,
+) -> None:
+    server = BlobServer(free_port(), tmp_path / "blobs")
+    server.start()
+    (tmp_path / "update").write_bytes(CONTENT)
+    almost = anyio.Event()
+
+    def on_progress(done: int, _total: int) -> None:
+        if done > len(CONTENT) - 500_000:
+            almost.set()
+
+    async def kill_and_restart() -> None:
+        await almost.wait()
+        server.kill()
+        await to_thread.run_sync(server.start)
+
+    # The one request takes three seconds; being away takes less than the patience.
+    link = ShapedLink(LinkShape(up_bytes_per_s=2e6, down_bytes_per_s=1e9))
+    patience = Patience(total_s=2.0, first_retry_s=0.05, longest_retry_s=0.2)
+    try:
+        async with (
+            BlobClient(server.url, link=link, patience=patience) as client,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(kill_and_restart)
+            await client.upload(tmp_path / "update", on_progress=on_progress)
+    finally:
+        server.kill()
+    assert BlobStore(tmp_path / "blobs").read(DIGEST) == CONTENT
 
 
 async def test_a_download_survives_a_server_that_is_killed_in_the_middle(tmp_path: Path) -> None:

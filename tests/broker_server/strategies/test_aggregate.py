@@ -266,3 +266,26 @@ def test_factors_of_one_module_must_have_the_same_rank() -> None:
 
     with pytest.raises(ProtocolError, match="another rank than its partner"):
         HolderMean(tensors(1)).add("bad", bad, weight=1, steps=1)
+
+
+def test_the_order_of_tensors_in_an_update_changes_nothing() -> None:
+    old, update = tensors(1, RANKS), tensors(2, RANKS)
+    backwards = dict(reversed(update.items()))
+
+    one_layout = aggregated(old, [(update, 1.0), (update, 2.0)])
+
+    assert_close(aggregated(old, [(update, 1.0), (backwards, 2.0)]), one_layout)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_update_of_a_layout_that_was_taken_before_is_still_looked_at(value: float) -> None:
+    old, good = tensors(1, RANKS), tensors(2, RANKS)
+    bad = {name: values.copy() for name, values in good.items()}
+    bad[next(iter(bad))].flat[0] = value
+    aggregation = HolderMean(old)
+    aggregation.add("good", good, weight=1.0, steps=1)
+
+    with pytest.raises(ProtocolError, match="not finite"):
+        aggregation.add("bad", bad, weight=1.0, steps=1)
+
+    assert_close(aggregation.result(), aggregated(old, [(good, 1.0)]))

@@ -69,20 +69,28 @@ def test_a_device_is_pruned_exactly_when_its_tail_shrank(
     pruning = SelfPruning(share, rank_min)
 
     pruning.judge("d", exact(before), exact(after))
-    pruning.judge("d", exact(before), exact(after))
 
     shrank = tail_score(exact(after), share) < tail_score(exact(before), share)
-    expected = {"d": max(rank_min, int(np.floor(share * rank)))} if shrank else {}
-    assert dict(pruning.ranks) == expected
+    cut = min(rank, max(rank_min, int(np.floor(share * rank))))
+    assert pruning.allowed("d", rank) == (cut if shrank else rank)
+    assert pruning.allowed("another", rank) == rank
 
 
-def test_pruning_only_ever_shrinks() -> None:
-    pruning = SelfPruning(0.5, 1)
-    for rank in (8, 16):
-        before = factors(1, rank)
-        pruning.judge("d", exact(before), exact(with_tail(before, 0.5, rank // 2)))
+def test_a_device_that_was_cut_in_a_low_tier_still_gets_more_in_a_high_one() -> None:
+    pruning = SelfPruning(0.99, 4)
+    low = factors(1, 8)
+    pruning.judge("d", exact(low), exact(with_tail(low, 0.5, 7)))
 
-    assert dict(pruning.ranks) == {"d": 4}
+    assert [pruning.allowed("d", rank) for rank in (16, 8, 4)] == [15, 7, 4]
+
+
+def test_a_rank_that_cannot_be_cut_is_not_remembered_as_cut() -> None:
+    pruning = SelfPruning(0.99, 4)
+    least = factors(1, 4)
+    pruning.judge("d", exact(least), exact(with_tail(least, 0.5, 3)))
+
+    assert pruning.allowed("d", 16) == 16
+    assert pruning.state() == {}
 
 
 def a_round(strategy: Strategy, shrinking: str) -> None:
