@@ -10,10 +10,12 @@ from broker_server.strategies import STRATEGY_NAMES
 PARTS: Mapping[str, Any] = {
     "codec": "int8",
     "adapter_codec": "int8",
+    "loss": "balanced",
     "strategy_options": {"prefix_mode": "periodic", "prefix_every": 1},
 }
-"""What of ours any method can use: the codecs both ways, and the frozen prefix's hidden states,
-which are computed once a round for every example instead of at every visit."""
+"""What of ours any method can use: the codecs both ways, a loss that allows for the classes that a
+device has, and the frozen prefix's hidden states, which are computed once a round for every
+example instead of at every visit."""
 
 WITH_PARTS = "+parts"
 
@@ -42,6 +44,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-cache": _options(prefix_mode="synced"),
     "no-codec": {"codec": "fp32", "adapter_codec": "fp32"},
     "no-deadline": _options(pace="slowest"),
+    "no-balance": {"loss": "plain"},
     "int4": {"codec": "int4"},
     "int4-both": {"codec": "int4", "adapter_codec": "int4"},
     "momentum": _options(server_optimizer="momentum", server_learning_rate=0.2),
@@ -55,6 +58,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     no-cache     the layers below the depth as they are in this round, computed in every step
     no-codec     fp32 both ways
     no-deadline  the slowest device sets the pace, as in the paper
+    no-balance   devices train as if all had the same classes
 """
 
 

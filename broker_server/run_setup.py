@@ -119,6 +119,7 @@ def recipe_of(spec: RunSpec, strategy: Strategy) -> TrainingRecipe:
         adapter_codec=spec.adapter_codec,
         clip_norm=spec.privacy.clip_norm if spec.privacy else None,
         tail=TailPenalty(share=tail.share, weight=tail.weight) if tail else None,
+        loss=spec.loss,
     )
 
 

@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import Codec
@@ -45,10 +46,12 @@ StrategyName = Literal[
 ]
 """Written out, because this module is read where NumPy need not be installed."""
 
-CODECS: Mapping[str, Mapping[str, Codec]] = {
-    "legend": {"codec": Codec.INT8, "adapter_codec": Codec.INT8}
+LossName = Literal["plain", "balanced"]
+
+DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "legend": {"codec": Codec.INT8, "adapter_codec": Codec.INT8, "loss": "balanced"}
 }
-"""How numbers are written where a run does not say: by strategy, fp32 for the papers."""
+"""What a run has where it does not say, by strategy; the papers write fp32 and train plainly."""
 
 
 class _Strict(BaseModel):
@@ -108,6 +111,7 @@ class RunOptions(_Strict):
         deadline_s: seconds a round may take; None lets the server choose.
         quorum: share of the cohort whose updates end a round early.
         target_accuracy: the run ends once it is reached.
+        loss: ``balanced`` lets each device allow for how often its classes occur.
         privacy: user-level differential privacy; None for none.
     """
 
@@ -130,17 +134,27 @@ class RunOptions(_Strict):
     deadline_s: float | None = Field(default=None, gt=0, le=1e7)
     quorum: float = Field(default=1.0, gt=0, le=1)
     target_accuracy: float | None = Field(default=None, gt=0, le=1)
+    loss: LossName = "plain"
     privacy: PrivacySettings | None = None
     seed: Count = 0
 
     @model_validator(mode="before")
     @classmethod
-    def _codecs_are_those_of_the_strategy(cls, document: Any) -> Any:
+    def _defaults_are_those_of_the_strategy(cls, document: Any) -> Any:
         if not isinstance(document, Mapping):
             return document
         strategy = document.get("strategy", cls.model_fields["strategy"].default)
         # Whatever a person wrote there, it is not looked up before it is checked.
-        return {**CODECS.get(str(strategy), {}), **document}
+        defaults = dict(DEFAULTS.get(str(strategy), {}))
+        if document.get("task") == "instruction":
+            defaults.pop("loss", None)
+        return {**defaults, **document}
+
+    @model_validator(mode="after")
+    def _only_classes_are_balanced(self) -> Self:
+        if self.loss == "balanced" and self.task != "classification":
+            raise ValueError("loss balanced needs task classification: it counts classes")
+        return self
 
     @field_validator("labels")
     @classmethod

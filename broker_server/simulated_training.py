@@ -138,6 +138,7 @@ class SimulatedTrainer:
             codec=recipe.codec,
             clip_norm=recipe.clip_norm,
             tail=TailRule(recipe.tail.share, recipe.tail.weight) if recipe.tail else None,
+            loss=recipe.loss,
         )
         self._base: BaseModel = load_base_model(
             data.model_dir, recipe.task, self._recipe.label_count

@@ -21,12 +21,10 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from edge_agent.base_model import BaseModel, load_base_model
 from edge_agent.clip_update import clip_update
 from edge_agent.dataset import (
-    IGNORED_LABEL,
     Tokenised,
     collate,
     endless_batches,
@@ -38,6 +36,7 @@ from edge_agent.dataset import (
 from edge_agent.frozen_prefix import FrozenPrefix, PrefixCache
 from edge_agent.gradient_sizes import GradientSizes
 from edge_agent.layer_range import call_options, given_up
+from edge_agent.losses import class_loss, log_prior, token_loss
 from edge_agent.peak_memory import is_out_of_memory, peak_bytes, release_memory, reset_peak
 from edge_agent.peft_adapter import AttachedAdapter, attach, delta, detach, set_training_mode
 from edge_agent.precision import autocast_dtype, grad_scaler
@@ -178,6 +177,7 @@ def train(
                 stretch=stretch,
                 prefix=prefix,
                 quantised_layers=request.quantised_layers,
+                prior=log_prior(data, base.label_count, loss=request.recipe.loss),
             )
             report = _run_steps(step, data, request=request, watch=watch)
         learned = clip_update(delta(attached), request.recipe.clip_norm)
@@ -200,6 +200,7 @@ class TrainingStep:
         stretch: what slows the step down to an imitated board.
         prefix: the frozen layers with their cache; None runs them in every step.
         quantised_layers: lowest trained layers that keep their activations in eight bits.
+        prior: see ``losses.class_loss``.
     """
 
     def __init__(
@@ -211,8 +212,10 @@ class TrainingStep:
         stretch: Stretch,
         prefix: Optional[FrozenPrefix] = None,
         quantised_layers: int = 0,
+        prior: Optional[Any] = None,
     ) -> None:
         self._attached = attached
+        self._prior = prior
         self._stretch = stretch
         self._prefix = prefix
         self._device = attached.base.device
@@ -278,16 +281,13 @@ class TrainingStep:
         return quantising + computed + tokens * self._depth
 
     def _loss(self, inputs: Dict[str, Any]) -> Any:
-        """Mean cross entropy over classes, or over the tokens that follow each token."""
         labels = inputs.pop("labels")
         options = call_options(self._attached.base)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
             logits = self._attached.base.model(**inputs, **options).logits.float()
         if self._attached.head:
-            return cross_entropy(logits, labels[:, 0])
-        return cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
-        )
+            return class_loss(logits, labels[:, 0], self._prior)
+        return token_loss(logits, labels)
 
     def _update(self, loss: Any) -> None:
         self._scaler.scale(loss).backward()

@@ -36,6 +36,7 @@ class Recipe:
     codec: Codec = Codec.FP32
     clip_norm: float | None = None
     tail: TailRule | None = None
+    loss: str = "plain"
 
     @property
     def label_count(self) -> int:
@@ -143,6 +144,7 @@ class TrainRequest:
                 codec=Codec(recipe["codec"]),
                 clip_norm=recipe.get("clip_norm"),
                 tail=TailRule(**recipe["tail"]) if recipe.get("tail") else None,
+                loss=recipe.get("loss", "plain"),
             ),
             limits=LocalLimits(
                 batch_size=int(value["batch_size"]),

@@ -147,7 +147,8 @@ class TrainingRecipe(Part):
 
     Updates are written with ``codec``; what devices load was written with ``adapter_codec``.
     With ``clip_norm`` a device scales its whole update down to that norm before it
-    sends it; the server does so again.
+    sends it; the server does so again. With the ``balanced`` loss it adds the logarithm of how
+    often each class occurs in its own data to the logits while it trains.
     """
 
     task: Literal["classification", "instruction"]
@@ -161,6 +162,7 @@ class TrainingRecipe(Part):
     adapter_codec: Codec = Codec.FP32
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     tail: TailPenalty | None = None
+    loss: Literal["plain", "balanced"] = "plain"
 
 
 class Prefix(Part):

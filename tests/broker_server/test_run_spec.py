@@ -60,6 +60,19 @@ def test_legend_sends_eight_bits_and_the_papers_thirty_two_unless_told_otherwise
         codecs("strategy=[legend]")
 
 
+def test_legend_balances_classes_where_there_are_any_and_the_papers_do_not(tmp_path: Path) -> None:
+    def loss(*overrides: str) -> str:
+        return load_run_spec(write_run(tmp_path), overrides).loss
+
+    assert loss() == loss("strategy=fedlora", "loss=balanced") == "balanced"
+    assert loss("strategy=legend-paper") == loss("loss=plain") == "plain"
+    assert loss("task=instruction", "labels=[]") == "plain"
+    with pytest.raises(ConfigError, match="loss balanced needs task classification"):
+        loss("task=instruction", "labels=[]", "loss=balanced")
+    with pytest.raises(ConfigError, match="loss"):
+        loss("loss=fair")
+
+
 def test_the_held_out_file_is_found_next_to_the_run_file(tmp_path: Path) -> None:
     assert load_run_spec(write_run(tmp_path)).evaluation.path == tmp_path / "held-out.tsv"
 

@@ -19,6 +19,7 @@ TRAINER = (
     "frozen_prefix",
     "gradient_sizes",
     "tail_penalty",
+    "losses",
     "layer_range",
     "onnx_runtime",
     "peak_memory",
