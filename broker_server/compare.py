@@ -38,7 +38,7 @@ OWN_METHOD = "legend"
 
 _MAY_DIFFER = frozenset(
     {"name", "method", "strategy", "strategy_options", "seed", "rounds", "target_accuracy", "codec",
-     "adapter_codec", "privacy", "threads"}
+     "adapter_codec", "loss", "privacy", "threads"}
 )  # fmt: skip
 """Settings in which compared runs may differ; the rest is the experiment."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from broker_server.compare import SimulatedRun, compare_runs, cost_to, read_run
 from broker_server.compare_table import comparison_tables
+from broker_server.run_spec import DEFAULTS
 from wire_protocol.errors import ConfigError
 
 
@@ -23,10 +24,12 @@ def write_run(
     seed: int = 0,
     round_s: float = 10.0,
     alpha: float = 1.0,
+    settings: Mapping[str, object] | None = None,
 ) -> Path:
     """A run with equal rounds: 100 bytes up and 200 down each, a quarter of the time waiting."""
     folder.mkdir(parents=True)
-    config = {"strategy": method, "method": None, "seed": seed, "partition": {"alpha": alpha}}
+    experiment = {"strategy": method, "method": None, "seed": seed, "partition": {"alpha": alpha}}
+    config = {**experiment, **(settings or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     lines = [
         {
@@ -121,6 +124,16 @@ def test_when_neither_got_there_nothing_is_said(tmp_path: Path) -> None:
         read_run(write_run(tmp_path / "base", "fedlora", [0.1, 0.9, 0.1])),
     ]
     assert compare_runs(runs, share=1.5).speedups["fedlora"]["legend"].value is None
+
+
+@pytest.mark.parametrize("key", DEFAULTS["legend"])
+def test_what_a_strategy_brings_by_default_makes_no_other_experiment(
+    tmp_path: Path, key: str
+) -> None:
+    ours = write_run(tmp_path / "a", "legend", [0.1, 0.8, 0.8], settings={key: "ours"})
+    theirs = write_run(tmp_path / "b", "fedlora", [0.1, 0.8, 0.8], settings={key: "theirs"})
+
+    assert compare_runs([read_run(ours), read_run(theirs)], share=0.99).rows
 
 
 def test_different_experiments_and_twins_are_not_compared(tmp_path: Path) -> None:
