@@ -102,12 +102,7 @@ def simulate(
     if state is not None and state.status is not RunStatus.RUNNING:
         return state
     quiet_libraries()
-    try:
-        scene = _set_scene(spec, out, state)
-    except LegendError:
-        if state is None:
-            folder.disclaim()
-        raise
+    scene = _set_scene_or_disclaim(spec, folder, state)
     judge = Judge(spec, scene.run, scene.base.folder, out, scene.blobs)
 
     def commit(reached: SimulationState) -> None:
@@ -134,6 +129,18 @@ def simulate(
     if pictures:
         _draw(out, report_of(spec, ended, scene.run.labels), scene.fleet)
     return ended
+
+
+def _set_scene_or_disclaim(
+    spec: SimulationSpec, folder: SimulationFolder, state: SimulationState | None
+) -> _Scene:
+    """See ``_set_scene``; a simulation that cannot begin leaves its folder free."""
+    try:
+        return _set_scene(spec, folder.root, state)
+    except LegendError:
+        if state is None:
+            folder.disclaim()
+        raise
 
 
 def _draw(out: Path, report: RunReport, fleet: VirtualFleet) -> None:

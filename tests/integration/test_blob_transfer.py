@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -59,43 +60,61 @@ async def test_what_is_there_already_is_not_sent_again(
     assert seen == []
 
 
-async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path: Path) -> None:
-    server = BlobServer(free_port(), tmp_path / "blobs")
+@dataclass
+class KilledOnce:
+    """What was seen of an upload whose server was killed on the way, and started again."""
+
+    held_bytes: int = 0
+    sent_bytes: int = 0
+    progress: list[tuple[int, int]] = field(default_factory=list)
+
+
+async def upload_with_a_kill(
+    folder: Path, *, after_bytes: int, up_bytes_per_s: float, patience: Patience
+) -> KilledOnce:
+    """Send CONTENT; the server dies once so many bytes are on their way, and comes back."""
+    server = BlobServer(free_port(), folder / "blobs")
     server.start()
-    (tmp_path / "update").write_bytes(CONTENT)
-    progress: list[tuple[int, int]] = []
+    (folder / "update").write_bytes(CONTENT)
+    seen = KilledOnce()
     enough = anyio.Event()
 
     def on_progress(done: int, total: int) -> None:
-        progress.append((done, total))
-        if done > 2_000_000:
+        seen.progress.append((done, total))
+        if done > after_bytes:
             enough.set()
 
     async def kill_and_restart() -> None:
         await enough.wait()
         server.kill()
-        (part,) = (tmp_path / "blobs" / "parts").iterdir()
-        held.append(part.stat().st_size)
+        (part,) = (folder / "blobs" / "parts").iterdir()
+        seen.held_bytes = part.stat().st_size
         await to_thread.run_sync(server.start)
 
-    held: list[int] = []
-    # Slow enough to be in the middle when the server dies.
-    link = ShapedLink(LinkShape(up_bytes_per_s=4e6, down_bytes_per_s=1e9))
+    link = ShapedLink(LinkShape(up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=1e9))
     try:
         async with (
-            BlobClient(server.url, link=link, patience=PATIENT) as client,
+            BlobClient(server.url, link=link, patience=patience) as client,
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(kill_and_restart)
-            await client.upload(tmp_path / "update", on_progress=on_progress)
-            sent_bytes = client.sent_bytes
+            await client.upload(folder / "update", on_progress=on_progress)
+            seen.sent_bytes = client.sent_bytes
     finally:
         server.kill()
-    assert BlobStore(tmp_path / "blobs").read(DIGEST) == CONTENT
-    assert 0 < held[0] < len(CONTENT)
+    assert BlobStore(folder / "blobs").read(DIGEST) == CONTENT
+    return seen
+
+
+async def test_an_upload_survives_a_server_that_is_killed_in_the_middle(tmp_path: Path) -> None:
+    # Slow enough to be in the middle when the server dies.
+    seen = await upload_with_a_kill(
+        tmp_path, after_bytes=2_000_000, up_bytes_per_s=4e6, patience=PATIENT
+    )
+    assert 0 < seen.held_bytes < len(CONTENT)
     # Only what was between the two programs is lost: a piece in the server's memory, and buffers.
-    assert sent_bytes < len(CONTENT) + 1_000_000
-    assert progress[-1] == (len(CONTENT), len(CONTENT))
+    assert seen.sent_bytes < len(CONTENT) + 1_000_000
+    assert seen.progress[-1] == (len(CONTENT), len(CONTENT))
 
 
 async def test_a_file_larger_than_a_request_goes_up_in_several(
@@ -112,33 +131,13 @@ async def test_a_file_larger_than_a_request_goes_up_in_several(
 async def test_an_upload_that_takes_longer_than_patience_goes_on_after_a_loss(
     tmp_path: Path,
 ) -> None:
-    server = BlobServer(free_port(), tmp_path / "blobs")
-    server.start()
-    (tmp_path / "update").write_bytes(CONTENT)
-    almost = anyio.Event()
-
-    def on_progress(done: int, _total: int) -> None:
-        if done > len(CONTENT) - 500_000:
-            almost.set()
-
-    async def kill_and_restart() -> None:
-        await almost.wait()
-        server.kill()
-        await to_thread.run_sync(server.start)
-
     # The one request takes three seconds; being away takes less than the patience.
-    link = ShapedLink(LinkShape(up_bytes_per_s=2e6, down_bytes_per_s=1e9))
-    patience = Patience(total_s=2.0, first_retry_s=0.05, longest_retry_s=0.2)
-    try:
-        async with (
-            BlobClient(server.url, link=link, patience=patience) as client,
-            anyio.create_task_group() as tasks,
-        ):
-            tasks.start_soon(kill_and_restart)
-            await client.upload(tmp_path / "update", on_progress=on_progress)
-    finally:
-        server.kill()
-    assert BlobStore(tmp_path / "blobs").read(DIGEST) == CONTENT
+    await upload_with_a_kill(
+        tmp_path,
+        after_bytes=len(CONTENT) - 500_000,
+        up_bytes_per_s=2e6,
+        patience=Patience(total_s=2.0, first_retry_s=0.05, longest_retry_s=0.2),
+    )
 
 
 async def test_a_download_survives_a_server_that_is_killed_in_the_middle(tmp_path: Path) -> None:
