@@ -45,10 +45,10 @@ def _statuses(run: dict[str, Any]) -> list[dict[str, str]]:
 def test_a_run_over_the_fleet_finishes_and_depths_follow_the_limits(trainable: Fleet) -> None:
     run = trainable.wait_for_end(trainable.launch(local_steps=15))
     assert _statuses(run) == [UPDATED, UPDATED]
-    # Nobody is asked for more than the one with most processors, and the slowest for less. How far
-    # the third keeps up depends on how busy this machine was when they measured themselves.
+    # Of a processor they have 100, 60 and 35 %: the fastest is never asked for less.
     depth = {name: member["depth"] for name, member in _members(run["rounds"][0]).items()}
-    assert depth["orin"] == max(depth.values()) > min(depth["pi"], depth["pi5"]) >= 1
+    assert depth["orin"] >= depth["pi5"] >= depth["pi"] >= 1
+    assert depth["orin"] > depth["pi"]
     assert run["rounds"][-1]["accuracy"] > run["accuracy_before"]
 
 
