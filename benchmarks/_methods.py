@@ -48,6 +48,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "int4": {"codec": "int4"},
     "int4-both": {"codec": "int4", "adapter_codec": "int4"},
     "momentum": _options(server_optimizer="momentum", server_learning_rate=0.2),
+    "products": _options(aggregation="products"),
     "alternating": _options(factors="alternating"),
     "importance": _options(ranks="importance", ranks_every=5),
 }

@@ -114,7 +114,7 @@ class HolderMean:
                 for, a weight that is not positive, no step, or a device added before.
         """
         layout = self._check.admit(device_id, update, weight=weight, steps=steps)
-        factor, counted_steps = self._counts(weight, steps)
+        factor, counted_steps = self.counts(weight, steps)
         self._most_steps = max(self._most_steps, counted_steps)
         places = self._places.get(layout)
         if places is None:
@@ -135,7 +135,7 @@ class HolderMean:
             ProtocolError: see ``add``.
         """
         self._check.admit(device_id, update, weight=weight, steps=steps)
-        return self._counts(weight, steps)
+        return self.counts(weight, steps)
 
     def result(self) -> dict[str, NDArray[np.float32]]:
         """The new global adapter, with the names and shapes of the old one."""
@@ -163,7 +163,8 @@ class HolderMean:
         """
         return self._step.moved(name, self._old[name], mean, held).astype(np.float32)
 
-    def _counts(self, weight: float, steps: int) -> tuple[float, int]:
+    def counts(self, weight: float, steps: int) -> tuple[float, int]:
+        """How an update counts: its p_i, and its steps or 1."""
         return 1.0 if self._uniform else float(weight), steps if self._by_steps else 1
 
 

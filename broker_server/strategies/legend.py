@@ -2,8 +2,8 @@
 
 A preset of parts: arithmetic rank distribution, greedy LoRA configuration,
 adaptive per-layer aggregation; and, if switched on, a deadline in place of the
-slowest device's pace, one factor at a time, a server optimizer. Knows the
-choice of parts and their parameters.
+slowest device's pace, products in place of factors, one factor at a time, a
+server optimizer. Knows the choice of parts and their parameters.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ from broker_server.strategies.deadline_configure import (
 from broker_server.strategies.factors import ALLOWED, FactorSchedule, factors_in
 from broker_server.strategies.importance import LearnedRanks
 from broker_server.strategies.options import choice, integer, number, optional, share, switch
+from broker_server.strategies.product_mean import ProductMean
 from broker_server.strategies.server_optimizer import (
     OptimizerName,
     ServerOptimizer,
     server_optimizer,
 )
-from broker_server.strategies.strategy import Adapter, Configuration, DeviceCapacity, RunShape
+from broker_server.strategies.strategy import (
+    Adapter,
+    Aggregation,
+    Configuration,
+    DeviceCapacity,
+    RunShape,
+)
 from wire_protocol.errors import ConfigError
 from wire_protocol.lora import MAX_RANK
 
@@ -54,6 +61,7 @@ PAPER_OPTIONS = {
 LEGEND_OPTIONS = {
     **PAPER_OPTIONS,
     "server_learning_rate": number(0, low_included=False),
+    "aggregation": choice("factors", "products"),
     "factors": choice("both", "B", "alternating"),
     "server_optimizer": choice("none", "momentum", "adam", "yogi"),
     "server_momentum": number(0, 1),
@@ -86,6 +94,7 @@ class Legend:
         rho: weight of the past in capacity estimates.
         weighting: ``examples`` or ``uniform``, p_i of the aggregation.
         server_learning_rate: eta; 1 is the paper's plain mean.
+        aggregation: the mean of ``factors``, the paper's, or of their ``products``.
         factors: schedule of the LoRA factors.
         server_optimizer: how the server follows the mean of the updates.
         server_momentum: b1 of the server optimizer.
@@ -99,8 +108,8 @@ class Legend:
 
     Raises:
         ConfigError: two waiting limits at once, one beside a deadline, an objective other
-            than time without one, or a learning rate that an adaptive server optimizer
-            cannot have.
+            than time without one, products with one factor at a time or with a server
+            optimizer, or a learning rate that an adaptive server optimizer cannot have.
 
     Source: arXiv:2412.20004; the switches after ``server_learning_rate`` are ours.
     """
@@ -114,6 +123,7 @@ class Legend:
     rho: float = DEFAULT_RHO
     weighting: str = "examples"
     server_learning_rate: float = 1.0
+    aggregation: Literal["factors", "products"] = "factors"
     factors: FactorSchedule = "both"
     server_optimizer: OptimizerName = "none"
     server_momentum: float = 0.9
@@ -139,6 +149,14 @@ class Legend:
         if self.rule.objective != "time" and self.pace != "deadline":
             raise ConfigError(
                 f"objective {self.rule.objective} of strategy legend needs pace deadline"
+            )
+        if self.aggregation == "products" and (self.factors, self.server_optimizer) != (
+            "both",
+            "none",
+        ):
+            raise ConfigError(
+                "aggregation products of strategy legend needs factors both and server_optimizer"
+                " none; leave aggregation out or give aggregation factors"
             )
         optimizer = server_optimizer(
             self.server_optimizer,
@@ -185,14 +203,23 @@ class Legend:
             quantise=self.quantise_activations,
         )
 
-    def begin(self, global_adapter: Adapter) -> HolderMean:
-        """Mean over the holders of each rank row; by steps where steps may differ."""
+    def begin(self, global_adapter: Adapter) -> Aggregation:
+        """Mean over the holders of each rank row or product; by steps where steps may differ."""
+        uniform, by_steps = self.weighting == "uniform", self.pace == "deadline"
+        if self.aggregation == "products":
+            return ProductMean(
+                global_adapter,
+                uniform=uniform,
+                learning_rate=self.server_learning_rate,
+                by_steps=by_steps,
+                keep_ranks=True,
+            )
         return HolderMean(
             global_adapter,
-            uniform=self.weighting == "uniform",
+            uniform=uniform,
             learning_rate=self.server_learning_rate,
             step=self._optimizer,
-            by_steps=self.pace == "deadline",
+            by_steps=by_steps,
             allowed=ALLOWED[self.factors],
         )
 
@@ -290,6 +317,7 @@ def legend_paper(**options: Any) -> Legend:
     return Legend(
         **options,
         server_learning_rate=1.0,
+        aggregation="factors",
         factors="both",
         server_optimizer="none",
         ranks="arithmetic",

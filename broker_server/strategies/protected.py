@@ -294,6 +294,14 @@ def refuse_unsound(
         ConfigError: why they do, in one line.
     """
     wanted = defence not in (None, "none")
+    if options.get("aggregation") == "products" and (
+        privacy or secure or defence in ("trimmed_mean", "median")
+    ):
+        other = "privacy" if privacy else "secure aggregation" if secure else f"defence {defence}"
+        raise ConfigError(
+            f"aggregation products of strategy {name} needs every update as it is, which {other}"
+            " does not leave it; give aggregation factors"
+        )
     if defence in ("trimmed_mean", "median") and name in NO_MEAN:
         raise ConfigError(
             f"strategy {name} has no defence {defence}: {NO_MEAN[name]}; use defence clip"

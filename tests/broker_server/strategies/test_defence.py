@@ -374,6 +374,11 @@ def test_legend_is_defended_unless_told_otherwise_and_papers_are_not() -> None:
         ("legend", {"trim": 0.1}, "trim .* belongs to defence trimmed_mean"),
         ("legend", {"defence": "trimmed_mean", "trim": 0.5}, "below 0.5"),
         ("hetlora", {"defence": "median"}, "weights updates by their norm; use defence clip"),
+        (
+            "legend",
+            {"defence": "median", "aggregation": "products"},
+            "defence median does not leave it; give aggregation factors",
+        ),
         ("flexlora", {"defence": "trimmed_mean"}, "averages products"),
         ("fedlora", {"rnk": 8}, "it has: rank, defence, clip_limit"),
         ("fedlora", {"weight_limit": 3}, "needs a defence"),
@@ -389,6 +394,8 @@ def test_a_wrong_option_says_what_would_be_right(
 def test_secure_aggregation_and_looking_at_updates_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="looks at single updates, which secure"):
         protected_strategy("legend", {"defence": "trimmed_mean"}, secure=True)
+    with pytest.raises(ConfigError, match="which secure aggregation does not leave it"):
+        protected_strategy("legend", {"aggregation": "products"}, secure=True)
     with pytest.raises(ConfigError, match="secure aggregation hides them"):
         protected_strategy("flexlora", {}, secure=True)
     assert not isinstance(protected_strategy("legend", {}, secure=True), Protected)

@@ -13,6 +13,7 @@ from broker_server.strategies import DeviceCapacity, RunShape, strategy_named
 from broker_server.strategies.cost_model import completion_s, memory_bytes
 from broker_server.strategies.deadline import DeadlineRule
 from broker_server.strategies.legend import Legend
+from broker_server.strategies.product_mean import ProductMean
 from tests.support.capacities import SIX_LAYERS, device, fleets, shapes
 from wire_protocol.errors import ConfigError
 
@@ -139,6 +140,33 @@ def test_a_deadline_counts_updates_by_their_steps() -> None:
     aggregation.add("b", {"head.bias": np.array([0.5], dtype=np.float32)}, weight=1, steps=5)
 
     assert aggregation.result()["head.bias"].tolist() == [1.0]
+
+
+def test_products_are_averaged_with_the_weights_and_steps_that_factors_would_have() -> None:
+    old = {name: np.zeros((1, 1), dtype=np.float32) for name in ("q.lora_A", "q.lora_B")}
+    old["q.lora_A"][:] = 1.0
+    options = {"aggregation": "products", "weighting": "uniform", "server_learning_rate": 0.5}
+    aggregation = strategy_named("legend", options).begin(old)
+    assert isinstance(aggregation, ProductMean)
+    for name, trained, steps in (("a", 2.0, 10), ("b", 1.0, 5)):
+        update = {"q.lora_A": np.zeros_like(old["q.lora_A"])}
+        update["q.lora_B"] = np.full((1, 1), trained, dtype=np.float32)
+        aggregation.add(name, update, weight=3 * steps, steps=steps)
+
+    new = aggregation.result()
+
+    # Both went 0.2 a step; ten of them, half way.
+    assert new["q.lora_B"] @ new["q.lora_A"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("other", [{"factors": "alternating"}, {"server_optimizer": "adam"}])
+def test_products_need_both_factors_and_no_optimizer_that_follows_them(
+    other: dict[str, object],
+) -> None:
+    with pytest.raises(ConfigError, match="aggregation products of strategy legend needs"):
+        strategy_named(
+            "legend", {"aggregation": "products", "server_learning_rate": 0.001, **other}
+        )
 
 
 def test_a_cohort_without_devices_has_no_plans() -> None:

@@ -274,6 +274,7 @@ def test_a_report_says_what_was_spent_and_what_holds_in_any_case() -> None:
         ("flexlora", {}, "it averages products"),
         ("legend", {"weighting": "examples"}, "counts every device as one"),
         ("legend", {"clip_limit": 3}, "needs a defence"),
+        ("legend", {"aggregation": "products"}, "which privacy does not leave it"),
     ],
 )
 def test_unsound_combinations_are_refused_with_the_reason(

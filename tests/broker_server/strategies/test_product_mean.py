@@ -115,10 +115,59 @@ def test_many_updates_are_reduced_on_the_way_and_mean_the_same() -> None:
 
     new = aggregation.result()
 
-    assert all(up.shape[1] <= 2 * 3 + 4 for up, _ in aggregation._stacks.values())
+    assert all(stack.up.shape[1] <= 2 * 3 + 4 for stack in aggregation._stacks.values())
     for layer, rank in enumerate(RANKS):
         best = truncated(dense_mean(old, updates, layer), rank)
         np.testing.assert_allclose(product(new, layer), best, atol=1e-5)
+
+
+@given(UPDATES, st.data(), st.sampled_from((1.0, 0.5)))
+@settings(max_examples=60)
+def test_by_steps_the_new_product_follows_the_mean_change_of_products_per_step(
+    updates: Updates, data: st.DataObject, eta: float
+) -> None:
+    old = tensors(7)
+    steps = [data.draw(st.integers(1, 30)) for _ in updates]
+    aggregation = ProductMean(old, by_steps=True, keep_ranks=True, learning_rate=eta)
+    for number, ((update, weight), done) in enumerate(zip(updates, steps, strict=True)):
+        aggregation.add(f"d{number}", update, weight=weight, steps=done)
+
+    new = aggregation.result()
+
+    for layer, rank in enumerate(RANKS):
+        a, b = f"layers.{layer}.q.lora_A", f"layers.{layer}.q.lora_B"
+        change, share = np.zeros_like(product(old, layer)), 0.0
+        for (update, weight), done in zip(updates, steps, strict=True):
+            if a in update:
+                held = len(update[a])
+                began_up, began_down = old[b][:, :held].astype(np.float64), old[a][:held]
+                trained = (began_up + update[b]) @ (began_down.astype(np.float64) + update[a])
+                change += weight * (trained - began_up @ began_down)
+                share += weight * done
+        if share:
+            dense = product(old, layer) + eta * max(steps) * change / share
+            best = float(np.linalg.norm(dense - truncated(dense, rank)))
+            reached = float(np.linalg.norm(dense - product(new, layer)))
+            assert reached == pytest.approx(best, abs=1e-4)
+
+
+def test_a_device_of_lower_rank_leaves_the_other_ranks_as_they_are_or_pulls_them_to_zero() -> None:
+    old = tensors(7)
+    narrow = {}
+    for name, values in old.items():
+        if name.endswith("lora_A"):
+            narrow[name] = np.zeros_like(values[:1])
+        elif name.endswith("lora_B"):
+            narrow[name] = np.zeros_like(values[:, :1])
+    kept, zeroed = ProductMean(old, keep_ranks=True), ProductMean(old)
+    for aggregation in (kept, zeroed):
+        aggregation.add("narrow", narrow, weight=1.0, steps=1)
+
+    for layer in range(len(RANKS)):
+        np.testing.assert_allclose(product(kept.result(), layer), product(old, layer), atol=1e-5)
+        up, down = (old[f"layers.{layer}.q.lora_{factor}"] for factor in "BA")
+        first = up[:, :1].astype(np.float64) @ down[:1]
+        np.testing.assert_allclose(product(zeroed.result(), layer), first, atol=1e-5)
 
 
 def test_a_layer_that_nobody_trained_keeps_its_value() -> None:
