@@ -63,7 +63,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     # A typo often shows twice, as an unknown key and as a missing one: name the typo.
     first = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    place = ".".join(str(part) for part in first["loc"]) or "file"
+    place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         place = one_line(place, longest=80)
@@ -72,7 +72,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {place!r}{hint}"
     if first["type"] == "missing":
         return f"key {place!r} is missing"
-    return one_line(f"{place}: {first['msg']}")
+    # A validator of ours: its sentence stands by itself.
+    message = first["msg"].removeprefix("Value error, ")
+    return one_line(f"{place}: {message}" if place else message)
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
