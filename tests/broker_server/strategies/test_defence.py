@@ -374,11 +374,7 @@ def test_legend_is_defended_unless_told_otherwise_and_papers_are_not() -> None:
         ("legend", {"trim": 0.1}, "trim .* belongs to defence trimmed_mean"),
         ("legend", {"defence": "trimmed_mean", "trim": 0.5}, "below 0.5"),
         ("hetlora", {"defence": "median"}, "weights updates by their norm; use defence clip"),
-        (
-            "legend",
-            {"defence": "median", "aggregation": "products"},
-            "defence median does not leave it; give aggregation factors",
-        ),
+        ("legend", {"aggregation": "products", "defence": "median"}, "median does not leave it"),
         ("flexlora", {"defence": "trimmed_mean"}, "averages products"),
         ("fedlora", {"rnk": 8}, "it has: rank, defence, clip_limit"),
         ("fedlora", {"weight_limit": 3}, "needs a defence"),
